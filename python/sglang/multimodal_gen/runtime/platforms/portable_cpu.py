@@ -1,0 +1,78 @@
+"""Diffusion pipelines on any CPU, from the wheels on the package index.
+
+Stock's CPU platform runs everything in plain torch except two fused norms of the video
+transformers, which exist in a CPU build of sgl-kernel only; no wheel has it. This file gives
+torch those two operators. srt on a CPU is in `srt/platforms/portable_cpu.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def define_missing_operators() -> None:
+    """Defines what the installed sgl-kernel lacks; does nothing on an accelerator."""
+    from sglang.multimodal_gen.runtime.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    try:
+        import sgl_kernel  # noqa: F401
+    except ImportError:
+        # The wheel is built for CUDA, and cannot be imported without it.
+        pass
+    for operator in (fused_norm_scale_shift_cpu, fused_scale_residual_norm_scale_shift_cpu):
+        if not hasattr(torch.ops.sgl_kernel, operator.__name__):
+            torch.library.custom_op(f"sgl_kernel::{operator.__name__}", operator, mutates_args=())
+
+
+def fused_norm_scale_shift_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    norm_type: str,
+    eps: float,
+) -> torch.Tensor:
+    """`norm(x) * (1 + scale) + shift`, computed in float32, in the dtype of `x`.
+
+    Args:
+        x, scale, shift: `[batch, length, hidden]`.
+        weight, bias: `[hidden]`, of the norm; None for a norm without them.
+        norm_type: "layer" for a layer norm, "rms" for a root-mean-square norm (which has no bias).
+    """
+    hidden = (x.shape[-1],)
+    weight = None if weight is None else weight.float()
+    if norm_type == "layer":
+        bias = None if bias is None else bias.float()
+        normed = F.layer_norm(x.float(), hidden, weight, bias, eps)
+    elif norm_type == "rms":
+        normed = F.rms_norm(x.float(), hidden, weight, eps)
+    else:
+        raise ValueError(f"norm_type is {norm_type!r}; it can be 'layer' or 'rms'.")
+    return (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
+
+
+def fused_scale_residual_norm_scale_shift_cpu(
+    residual: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    norm_type: str,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum `residual + gate * x`, normed, scaled and shifted as above; and the sum itself.
+
+    Args:
+        residual, x, scale, shift: `[batch, length, hidden]`.
+        gate: the same shape, or None for 1.
+    """
+    gated = x.float() if gate is None else x.float() * gate.float()
+    total = (residual.float() + gated).to(residual.dtype)
+    normed = fused_norm_scale_shift_cpu(total, weight, bias, scale, shift, norm_type, eps)
+    return normed.to(x.dtype), total

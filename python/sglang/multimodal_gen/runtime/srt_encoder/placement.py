@@ -1,0 +1,174 @@
+"""Where each text encoder runs: the values of `--srt-encoders`, read and checked.
+
+How the option reaches the pipeline's configuration is in `option.py`; what an encoder does in its
+place is in `loader.py` and `encoder.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from urllib.parse import urlsplit
+
+import msgspec
+
+from sglang.srt.encode_only.encoders import ENCODERS, find_encoder
+
+FLAG = "--srt-encoders"
+VALUES = "native, srt, or one or several URLs (http://HOST:PORT, commas between them)"
+
+_NAMED = re.compile(r"([A-Za-z][\w-]*)=(.*)", re.DOTALL)
+
+
+class Native(msgspec.Struct, frozen=True):
+    """In the diffusion worker, as stock sglang runs it."""
+
+    def __str__(self) -> str:
+        return "native"
+
+
+class InWorker(msgspec.Struct, frozen=True):
+    """In the diffusion worker, by srt."""
+
+    def __str__(self) -> str:
+        return "srt in the diffusion worker"
+
+
+class Servers(msgspec.Struct, frozen=True):
+    """On encode-only servers: they share the load, and one that is down is passed over."""
+
+    urls: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "srt at " + ", ".join(self.urls)
+
+
+Placement = Native | InWorker | Servers
+
+Option = str | Iterable[str] | Mapping[str, str | Iterable[str]] | None
+"""The option as a user gives it: `"srt"`, `"text_encoder=srt text_encoder_2=http://…"`, a list of
+such items, or a place (a list of URLs counts as one) by component."""
+
+
+class Placements(msgspec.Struct, frozen=True):
+    """The option, read.
+
+    Attributes:
+        every: the place of every encoder that has none of its own and that srt serves; None where
+            the option gives no such place.
+        named: the places that were given for a component by name.
+    """
+
+    every: Placement | None = None
+    named: dict[str, Placement] = {}
+
+    def of(self, component: str, architecture: str | None) -> Placement:
+        """Where `component` runs, whose class is `architecture`."""
+        if component in self.named:
+            return self.named[component]
+        if self.every is not None and _is_served(architecture):
+            return self.every
+        return Native()
+
+    def check(self, model: str, encoders: Mapping[str, str]) -> None:
+        """Raises ValueError where the option does not fit a pipeline.
+
+        Args:
+            model: the pipeline, for the message.
+            encoders: the class of each of its text encoders by component name.
+        """
+        for component, placement in self.named.items():
+            if component not in encoders:
+                raise ValueError(
+                    f"{FLAG} gives a place for {component!r}, but the text encoders of {model} "
+                    f"are {_listed(encoders)}. Name one of them."
+                )
+            if placement != Native() and not _is_served(encoders[component]):
+                raise ValueError(
+                    f"{FLAG} {component}={_value(placement)}: srt does not serve "
+                    f"{encoders[component]}. It serves {_listed(ENCODERS)}. Leave {component} out."
+                )
+        served = [c for c, a in encoders.items() if _is_served(a)]
+        if self.every not in (None, Native()) and not served:
+            classes = _listed(f"{c} ({a})" for c, a in encoders.items())
+            raise ValueError(
+                f"{FLAG} {_value(self.every)}: srt serves none of the text encoders of {model}: "
+                f"{classes}. It serves {_listed(ENCODERS)}. Leave {FLAG} out."
+            )
+
+
+def read(option: Option) -> Placements:
+    """Reads the option; ValueError says what was given and what is accepted."""
+    every: Placement | None = None
+    named: dict[str, Placement] = {}
+    for component, value in _items(option):
+        place = _place(component, value)
+        if component is None:
+            if every is not None:
+                raise ValueError(f"{FLAG} gives a place for every encoder twice; give one.")
+            every = place
+        elif component in named:
+            raise ValueError(f"{FLAG} gives a place for {component} twice; give one.")
+        else:
+            named[component] = place
+    return Placements(every, named)
+
+
+def _items(option: Option) -> Iterable[tuple[str | None, str]]:
+    """The option's items: a component, or None for every one, and its value."""
+    if option is None:
+        return
+    if isinstance(option, Mapping):
+        for component, value in option.items():
+            urls = value if isinstance(value, str) else ",".join(_texts(value))
+            yield component.replace("-", "_"), urls
+        return
+    for item in option.split() if isinstance(option, str) else _texts(option):
+        match = _NAMED.fullmatch(item)
+        if match:
+            yield match[1].replace("-", "_"), match[2]
+        else:
+            yield None, item
+
+
+def _texts(values: object) -> Iterable[str]:
+    if not isinstance(values, Iterable) or not all(isinstance(v, str) for v in (got := [*values])):
+        raise ValueError(f"{FLAG} got {values!r}; give {VALUES}, or such a value by component.")
+    return got
+
+
+def _place(component: str | None, value: str) -> Placement:
+    if value == "native":
+        return Native()
+    if value == "srt":
+        return InWorker()
+    return Servers(tuple(_url(component, url.strip()) for url in value.split(",")))
+
+
+def _url(component: str | None, text: str) -> str:
+    where = FLAG if component is None else f"{FLAG} {component}="
+    parts = urlsplit(text)
+    if parts.scheme in ("http", "https") and parts.hostname:
+        return text.rstrip("/")
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?|\[[\da-fA-F:]+\]:\d+(/.*)?", text):
+        raise ValueError(f"{where}: {text!r} is a URL without its scheme; write http://{text}.")
+    raise ValueError(f"{where}: {text!r} is no place for a text encoder; give {VALUES}.")
+
+
+def _is_served(architecture: str | None) -> bool:
+    return architecture is not None and find_encoder([architecture]) is not None
+
+
+def _value(placement: Placement | None) -> str:
+    """The placement as the user writes it."""
+    match placement:
+        case Servers(urls):
+            return ",".join(urls)
+        case InWorker():
+            return "srt"
+        case _:
+            return "native"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,179 @@
+"""The HTTP side of encode-only mode: `/v1/encode` on srt's FastAPI application.
+
+Bodies are read and written in `wire.py`, requests are served in `service.py`; here are the limits
+of a request, the caller who leaves, and the one place where an error becomes a status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sglang.srt.encode_only import wire
+from sglang.srt.encode_only.request import RequestError
+from sglang.srt.encode_only.service import EncodeService, service_of
+from sglang.srt.entrypoints.http_server import get_global_state
+
+logger = logging.getLogger(__name__)
+router = APIRouter()
+
+_REQUEST_BODY = {
+    "required": True,
+    "content": {wire.JSON: {"schema": msgspec.json.schema(wire.EncodeRequest)}},
+}
+
+
+@functools.cache
+def install(app: FastAPI) -> None:
+    """Puts the route on srt's application; a second call does nothing."""
+    app.include_router(router)
+
+
+def shape_refusals(_: Any, app: FastAPI, **keys: str | None) -> None:
+    """AFTER `add_api_key_middleware`: what it answers on our route has the shape of our errors."""
+    app.add_middleware(_Refusals)
+
+
+@router.get(wire.ROUTE, response_class=Response)
+async def info() -> Response:
+    """What this encoder is: an EncoderInfo."""
+    return Response(msgspec.json.encode(_service().info), media_type=wire.JSON)
+
+
+@router.post(wire.ROUTE, response_class=Response, openapi_extra={"requestBody": _REQUEST_BODY})
+async def encode(request: Request) -> Response:
+    """Hidden states of texts or token ids, as tensors."""
+    try:
+        body = await _body(request)
+        return await _unless_gone(request, _answer(body, request))
+    except RequestError as error:
+        return _refusal(error)
+    except ClientDisconnect:
+        return Response(status_code=499)
+    except Exception:
+        logger.exception("An encode request failed.")
+        return _refusal(RequestError("Internal error; the server's log has it.", status=500))
+
+
+@router.api_route(
+    wire.ROUTE,
+    methods=["PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"],
+    response_class=Response,
+    include_in_schema=False,
+)
+async def other_method(request: Request) -> Response:
+    refusal = _refusal(
+        RequestError(f"{request.method} is not taken here; use POST or GET.", status=405)
+    )
+    refusal.headers["Allow"] = "GET, POST"
+    return refusal
+
+
+async def _answer(body: bytearray, request: Request) -> Response:
+    service = _service()
+    service.check_ready()
+    asked = wire.read_request(body)
+    count = len(asked.rows())
+    if count > service.max_inputs:
+        raise RequestError(
+            f"`input` has {count} inputs, but one request takes at most {service.max_inputs}; "
+            "send several.",
+            status=413,
+            param="input",
+        )
+    inputs, truncated = await service.prepare(asked)
+    info = service.info
+    size = wire.answer_bytes(inputs, info, asked.encoding_format)
+    if size > wire.MAX_ANSWER_BYTES:
+        raise RequestError(
+            f"The answer would have about {size >> 20} MiB, but at most "
+            f"{wire.MAX_ANSWER_BYTES >> 20} MiB are sent; ask for fewer inputs or layers.",
+            status=413,
+        )
+    outputs = await service.run(inputs, truncated, request)
+    content, media_type = wire.write_answer(outputs, info.model, asked.encoding_format)
+    return Response(content, media_type=media_type)
+
+
+def _service() -> EncodeService:
+    return service_of(get_global_state().tokenizer_manager)
+
+
+async def _body(request: Request) -> bytearray:
+    """The body, as far as it is within the limit.
+
+    What is over it is read and dropped: a caller who is still sending would see a broken
+    connection in place of the answer.
+    """
+    body, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= wire.MAX_BODY_BYTES:
+            body += chunk
+    if size > wire.MAX_BODY_BYTES:
+        raise RequestError(
+            f"The body has {size} bytes, but at most {wire.MAX_BODY_BYTES} are taken; "
+            "send several requests.",
+            status=413,
+        )
+    return body
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """`work`'s answer; cancels it, and raises ClientDisconnect, once its caller has gone."""
+    answer = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
+        gone.cancel()
+        await asyncio.gather(answer, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _refusal(error: RequestError) -> Response:
+    return Response(wire.write_error(error), error.status, media_type=wire.JSON)
+
+
+class _Refusals:
+    """ASGI middleware that puts our error body in place of srt's for a wrong or missing key."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != wire.ROUTE:
+            await self.app(scope, receive, send)
+            return
+        refused = False
+
+        async def reshape(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] in (401, 403):
+                refused = True
+                error = RequestError(
+                    "The server asks for its API key; send `Authorization: Bearer KEY`.",
+                    status=message["status"],
+                )
+                await _refusal(error)(scope, receive, send)
+            elif not refused:
+                await send(message)
+
+        await self.app(scope, receive, reshape)

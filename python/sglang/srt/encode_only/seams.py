@@ -1,0 +1,275 @@
+"""Every place where upstream is touched, as data, and the code that checks and installs them.
+
+A seam names a function of sglang, what is done to it, in which processes, why, and how the change
+would read in an upstream pull request. Before a seam is installed its target is looked up in the
+installed sglang and its parameters are compared; sglang's own hook registry would only log a
+failure and go on.
+
+Official extension points that need no seam: model classes by their place in `sglang/srt/models/`,
+`register_resolution_hook`, `add_attention_backend_choices`, `register_attention_backend`,
+`SamplingParams.custom_params` (carries what a request asks for), `pooled_hidden_states` (carries
+the answer), the platform entry point.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import msgspec
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+SUPPORTED_SGLANG = "0.5.23"
+
+
+class SeamError(SystemExit):
+    """A seam does not fit the installed sglang. Ends the process with its message.
+
+    A SystemExit, because sglang's plugin loader logs ordinary exceptions and starts without the
+    plugin.
+    """
+
+
+class Seam(msgspec.Struct, frozen=True, kw_only=True):
+    """One change to upstream.
+
+    Attributes:
+        target: `module:attribute`, a function, method or class of sglang.
+        kind: what is done to it; `replace` is for classes.
+        hook: `module:attribute` of what is put there.
+        parameters: the target's parameter names as we expect them, empty for a class.
+        process: where it takes effect: `any` that reads arguments, the `scheduler` (and the worker
+            in a host process), or the `server` (HTTP and tokenizer).
+        reason: why it is needed.
+        upstream: how the change would read there.
+    """
+
+    target: str
+    kind: Literal["before", "after", "around", "replace"]
+    hook: str
+    parameters: tuple[str, ...] = ()
+    process: Literal["any", "scheduler", "server", "diffusion"]
+    reason: str
+    upstream: str
+
+    @property
+    def module(self) -> str:
+        """The module that holds the target."""
+        return self.target.partition(":")[0]
+
+    @property
+    def path(self) -> str:
+        """The target as sglang's hook registry names it."""
+        return self.target.replace(":", ".")
+
+
+ALWAYS: tuple[Seam, ...] = (
+    Seam(
+        target="sglang.srt.server_args:ServerArgs",
+        kind="replace",
+        hook="sglang.srt.encode_only.server_args:ServerArgs",
+        process="any",
+        reason="is_embedding_encoder has to be a field like any other: on the command line, in "
+        "config files, in Engine(...), in the pickle that child processes get.",
+        upstream="one field in arg_groups/fields/model.py",
+    ),
+    Seam(
+        target="sglang.srt.entrypoints.engine:Engine.server_args_class",
+        kind="replace",
+        hook="sglang.srt.encode_only.server_args:ServerArgs",
+        process="any",
+        reason="Engine took its class of arguments when it was imported.",
+        upstream="nothing, with the field upstream",
+    ),
+)
+"""Installed in every process that loads srt's plugins. None is on a request's path."""
+
+
+ENCODE_ONLY: tuple[Seam, ...] = (
+    *(
+        Seam(
+            target=f"sglang.srt.model_executor.forward_batch_info:ForwardMode.{predicate}",
+            kind="after",
+            hook="sglang.srt.encode_only.forward_mode:counts_as_extend",
+            parameters=("self", "include_draft_extend_v2"),
+            process="scheduler",
+            reason="An encode-only batch is prompt tokens, as an extend is.",
+            upstream="`or self == ForwardMode.ENCODE_ONLY` in the predicate",
+        )
+        for predicate in (
+            "is_extend",
+            "is_context_parallel_extend",
+            "is_extend_or_draft_extend_or_mixed",
+        )
+    ),
+    Seam(
+        target="sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_extend",
+        kind="after",
+        hook="sglang.srt.encode_only.batch:mark_batch",
+        parameters=("self",),
+        process="scheduler",
+        reason="Marks the batch.",
+        upstream="`self.forward_mode = ENCODE_ONLY if get_model().is_embedding_encoder else EXTEND`",
+    ),
+    Seam(
+        target="sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+        kind="after",
+        hook="sglang.srt.encode_only.batch:attach_specs",
+        parameters=(
+            "cls",
+            "batch",
+            "model_runner",
+            "capture_hidden_mode",
+            "return_hidden_states_before_norm",
+            "extend_position_info",
+            "spec_mrope_positions",
+            "kv_loc_plan",
+            "write_cols",
+        ),
+        process="scheduler",
+        reason="The model needs to know which layers, the attention which keys, each request asks.",
+        upstream="a field `encode_specs` of ForwardBatch, filled from `batch.reqs`",
+    ),
+    Seam(
+        target="sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
+        "._validate_prefill_only_disable_kv_cache_pool_family",
+        kind="around",
+        hook="sglang.srt.encode_only.batch:allow_no_kv_pool",
+        parameters=("self", "is_dsa_model", "is_dsv4_model", "current_platform"),
+        process="scheduler",
+        reason="Upstream allows a server without KV cache on CUDA with FlashAttention only.",
+        upstream="ask the attention backend whether it reads a KV pool",
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler_components.metrics_reporter"
+        ":SchedulerMetricsReporter.report_prefill_stats",
+        kind="after",
+        hook="sglang.srt.encode_only.metrics:count_batch",
+        parameters=(
+            "self",
+            "batch",
+            "prefill_stats",
+            "can_run_cuda_graph",
+            "dp_cooperation_info",
+        ),
+        process="scheduler",
+        reason="Encode-only batches have metrics of their own.",
+        upstream="label the batch counters with the forward mode",
+    ),
+    Seam(
+        target="sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
+        kind="before",
+        hook="sglang.srt.encode_only.service:refuse_generation",
+        parameters=("self", "obj", "input_ids"),
+        process="server",
+        reason="A generate request ends a server that has an embedding model.",
+        upstream="the same check, in the same place",
+    ),
+    Seam(
+        target="sglang.srt.entrypoints.engine:Engine.encode",
+        kind="around",
+        hook="sglang.srt.encode_only.engine:encode",
+        parameters=(
+            "self",
+            "prompt",
+            "image_data",
+            "audio_data",
+            "video_data",
+            "dimensions",
+            "lora_path",
+            "embed_override_token_id",
+            "embed_overrides",
+            "external_trace_header",
+            "rid",
+        ),
+        process="server",
+        reason="The offline engine gives hidden states as tensors.",
+        upstream="parameters layers, pooled, attend and skip of Engine.encode",
+    ),
+    Seam(
+        target="sglang.srt.entrypoints.engine:Engine.async_encode",
+        kind="around",
+        hook="sglang.srt.encode_only.engine:async_encode",
+        parameters=(
+            "self",
+            "prompt",
+            "image_data",
+            "audio_data",
+            "video_data",
+            "dimensions",
+            "lora_path",
+            "embed_override_token_id",
+            "embed_overrides",
+            "external_trace_header",
+            "rid",
+        ),
+        process="server",
+        reason="The same, awaited.",
+        upstream="as for Engine.encode",
+    ),
+)
+"""Installed where `is_embedding_encoder` is set, and nowhere else."""
+
+
+def check(seam: Seam) -> None:
+    """Raises SeamError if the installed sglang has not what `seam` expects."""
+    try:
+        target = pkgutil.resolve_name(seam.path)
+    except (ImportError, AttributeError) as error:
+        raise SeamError(_misfit(seam, f"it is not there ({error})")) from error
+    if isinstance(target, type):
+        if seam.kind != "replace":
+            raise SeamError(_misfit(seam, "it is a class, which can only be replaced"))
+        return
+    if not callable(target):
+        raise SeamError(_misfit(seam, f"it is a {type(target).__name__}, not a function"))
+    function = inspect.unwrap(getattr(target, "__func__", target))
+    found = tuple(inspect.signature(function).parameters)
+    if found != seam.parameters:
+        raise SeamError(
+            _misfit(seam, f"it takes ({', '.join(found)}), not ({', '.join(seam.parameters)})")
+        )
+
+
+def _misfit(seam: Seam, what: str) -> str:
+    return (
+        f"sglang-encoder cannot attach to {seam.path}: {what}. This version of sglang-encoder "
+        f"is for sglang {SUPPORTED_SGLANG}; install that, or leave sglang-encoder out with "
+        "SGLANG_PLUGINS."
+    )
+
+
+def install(
+    seams: Iterable[Seam], registry: type[HookRegistry] = HookRegistry, *, everywhere: bool = False
+) -> None:
+    """Checks and installs the seams that concern this process.
+
+    A process that has not imported a seam's module does not run it: such a seam is left for a
+    later call, unless `everywhere`, which imports them all. Installing twice does nothing.
+
+    Raises:
+        SeamError: a target is gone, has other parameters, or could not be patched.
+    """
+    due = [
+        seam
+        for seam in seams
+        if seam.path not in registry._patched and (everywhere or seam.module in sys.modules)
+    ]
+    for seam in due:
+        check(seam)
+    for seam in due:
+        registry.register(seam.path, _load(seam.hook), HookType(seam.kind))
+    registry.apply_hooks()
+    for seam in due:
+        if seam.path not in registry._patched:
+            raise SeamError(_misfit(seam, "it could not be patched; the log says why"))
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)

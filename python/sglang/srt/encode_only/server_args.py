@@ -1,0 +1,175 @@
+"""`--is-embedding-encoder` as a field of srt's server arguments, and what it resolves to.
+
+The flag implies embedding mode in one forward pass: no chunked prefill, no prefix cache under
+bidirectional attention, no KV cache. What contradicts it is refused here, before anything is
+loaded. Resolution goes through srt's own pipeline of hooks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import torch
+
+from sglang.srt.arg_groups.arg_utils import NS, A
+from sglang.srt.arg_groups.choices import add_attention_backend_choices
+from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+from sglang.srt.encode_only.encoders import ENCODERS, Encoder, find_encoder
+from sglang.srt.server_args import ServerArgs as StockServerArgs
+from sglang.srt.utils.hf_transformers_utils import get_config
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_BACKEND = "encode_only"
+
+RESERVED_TOKENS = 7
+"""Tokens of srt's context length that an input cannot use: srt keeps them for generated ones."""
+
+DEFAULT_MAX_LENGTH = 2048
+"""Most tokens of an input where neither model nor user says; srt's own default."""
+
+
+class ServerArgs(StockServerArgs):  # type: ignore[misc, valid-type]
+    """srt's server arguments with encode-only mode."""
+
+    is_embedding_encoder: A[
+        bool,
+        "Serve the model as an encoder: one forward pass a request, no KV cache, no sampling; the "
+        "hidden states of every token come back as tensors from POST /v1/encode. Implies "
+        f"--is-embedding. For {', '.join(a for a in ENCODERS if a.endswith('EncoderModel'))} and "
+        "the encoders of their encoder-decoder checkpoints.",
+        NS("model"),
+    ] = False
+
+    def resolve_once(self) -> None:
+        """Resolves as upstream does; a process that takes on these arguments takes on the mode."""
+        super().resolve_once()
+        if self.is_embedding_encoder:
+            from sglang.srt.encode_only.plugin import enter_encode_only
+
+            enter_encode_only(self)
+
+
+def max_length_of(context_len: int) -> int:
+    """Most tokens of one input, from the context length srt was given."""
+    return context_len - RESERVED_TOKENS
+
+
+# What a user may have set that encode-only mode cannot honour: the field, its neutral values, why.
+_CONTRADICTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("chunked_prefill_size", (None, -1), "an encoder sees its input in one forward pass"),
+    ("enable_mixed_chunk", (False, None), "an encoder has no decode steps to mix with"),
+    ("enable_hierarchical_cache", (False, None), "an encoder has no KV cache"),
+    ("kv_cache_dtype", ("auto", None), "an encoder has no KV cache"),
+    ("speculative_algorithm", (None,), "an encoder generates no tokens"),
+    ("dllm_algorithm", (None,), "an encoder generates no tokens"),
+    ("disaggregation_mode", ("null", None), "an encoder has no KV cache to hand over"),
+    ("encoder_only", (False, None), "that flag serves the vision tower of a VL model"),
+    ("language_only", (False, None), "an encoder takes no images"),
+    ("pp_size", (1, None), "the layers of an encoder are not split between stages"),
+    ("attn_cp_size", (1, None), "an encoder's sequences are not split between ranks"),
+    ("enable_dp_attention", (False, None), "use --dp-size alone"),
+    ("enable_lora", (False, None), "encoders take no adapters"),
+    ("lora_paths", (None, [], {}), "encoders take no adapters"),
+    ("enable_prefill_cp", (False, None), "an encoder's sequences are not split between ranks"),
+    ("enable_pdmux", (False, None), "an encoder has no decode steps"),
+    ("attention_backend", (None, ATTENTION_BACKEND), "it reads a KV cache"),
+    ("prefill_attention_backend", (None, ATTENTION_BACKEND), "it reads a KV cache"),
+)
+
+
+def _refuse_contradictions(cfg: Any) -> None:
+    for field, neutral, why in _CONTRADICTIONS:
+        value = getattr(cfg, field, None)
+        if value not in neutral:
+            flag = "--" + field.replace("_", "-")
+            raise ValueError(
+                f"{flag} {value} contradicts --is-embedding-encoder: {why}. Leave {flag} out."
+            )
+
+
+def _encoder_of(cfg: Any) -> tuple[Encoder, Any]:
+    """The encoder for the checkpoint, and its Hugging Face config; ValueError if there is none."""
+    hf_config = get_config(
+        cfg.model_path, trust_remote_code=cfg.trust_remote_code, revision=cfg.revision
+    )
+    encoder = find_encoder(hf_config.architectures)
+    if encoder is None:
+        raise ValueError(
+            f"--is-embedding-encoder cannot serve {cfg.model_path}: its architecture is "
+            f"{hf_config.architectures}. It serves {', '.join(ENCODERS)}."
+        )
+    return encoder, hf_config
+
+
+def _resolve_encode_only(server_args: Any) -> None:
+    """Declares what the mode implies, as soon as the checkpoint is on disk."""
+    cfg = resolving_view(server_args)
+    _refuse_contradictions(cfg)
+    encoder, hf_config = _encoder_of(cfg)
+
+    limit = getattr(hf_config, encoder.max_positions) if encoder.max_positions else None
+    length = cfg.context_length or limit or DEFAULT_MAX_LENGTH
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"--context-length {length} is beyond the {limit} positions of {cfg.model_path}."
+        )
+    if length < 1:
+        raise ValueError(f"--context-length is {length}; give at least 1.")
+    overrides = json.loads(cfg.json_model_override_args)
+    # The key that srt reads first for a model's length; the model itself does not read it.
+    overrides["max_sequence_length"] = length + RESERVED_TOKENS
+
+    dtype = cfg.dtype
+    if dtype == "auto":
+        # srt halves fp32 checkpoints; an encoder gives back the numbers of its checkpoint.
+        dtype = str(getattr(hf_config, "dtype", None) or torch.float32).removeprefix("torch.")
+
+    declare_resolution(
+        server_args,
+        "encode_only",
+        is_embedding=True,
+        dtype=dtype,
+        context_length=length + RESERVED_TOKENS,
+        json_model_override_args=json.dumps(overrides),
+        chunked_prefill_size=-1,
+        disable_radix_cache=not encoder.causal or cfg.disable_radix_cache,
+        prefill_only_disable_kv_cache=True,
+        attention_backend=ATTENTION_BACKEND,
+        # One budget bounds a batch: its tokens. A longer input is a batch of its own.
+        max_total_tokens=cfg.max_total_tokens or 4 * max(cfg.max_prefill_tokens, length + 64),
+    )
+
+
+def _model_is_on_disk(server_args: Any, previous: Any) -> None:
+    previous(server_args)
+    if resolving_view(server_args).is_embedding_encoder:
+        _resolve_encode_only(server_args)
+
+
+def _kv_cache_backend_check(server_args: Any, previous: Any) -> None:
+    # Upstream ties "no KV cache" to FlashAttention; our backend has none either.
+    if not resolving_view(server_args).is_embedding_encoder:
+        previous(server_args)
+
+
+def _refuse_encoder_without_mode(server_args: Any, previous: Any) -> None:
+    """An encoder run as a generating or embedding model would answer with wrong numbers."""
+    if not resolving_view(server_args).is_embedding_encoder:
+        architectures = model_config_of(server_args).hf_config.architectures
+        if find_encoder(architectures) is not None:
+            raise ValueError(
+                f"{architectures[0]} is an encoder; serve it with --is-embedding-encoder."
+            )
+    previous(server_args)
+
+
+def register() -> None:
+    """Adds the mode to srt's argument pipeline. Once a process."""
+    add_attention_backend_choices([ATTENTION_BACKEND])
+    register_resolution_hook("handle_model_source_paths")(_model_is_on_disk)
+    register_resolution_hook("handle_prefill_only_disable_kv_cache")(_kv_cache_backend_check)
+    register_resolution_hook("handle_model_specific_adjustments")(_refuse_encoder_without_mode)

@@ -1,0 +1,219 @@
+"""Encoding as a service of one process: from a request to tensors, over srt's tokenizer manager.
+
+The HTTP route and `Engine.encode` both call this. It tokenizes, checks, submits one batch to the
+scheduler and unpacks the answer. Nothing of HTTP is here but the request whose caller may leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import functools
+import threading
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+import fastapi
+
+from sglang.srt.encode_only.outputs import unpack
+from sglang.srt.encode_only.request import (
+    EncodeInput,
+    EncodeOutput,
+    EncoderInfo,
+    RequestError,
+)
+from sglang.srt.encode_only.server_args import max_length_of
+from sglang.srt.encode_only.wire import MAX_INPUTS, ROUTE, EncodeRequest
+from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
+
+# The scheduler says of these that it is unavailable (503), as it does of many things.
+_OVERLOADED = ("The request queue is full.", "The request is aborted by a higher priority request.")
+
+
+class EncodeService:
+    """Encodes through `tokenizer_manager`, on whose event loop its coroutines run."""
+
+    def __init__(self, tokenizer_manager: TokenizerManager):
+        self._manager = tokenizer_manager
+        self._tokenizer: Any = tokenizer_manager.tokenizer
+        self._cutter: Any = None
+        self._cutting = threading.Lock()
+        if self._tokenizer is not None:
+            # The first call clears what truncation and padding the tokenizer's file asks for;
+            # afterwards a call changes nothing, and threads may call at once.
+            self._tokenizer(["first"])
+
+    @property
+    def info(self) -> EncoderInfo:
+        config = self._manager.model_config
+        return EncoderInfo(
+            model=self._manager.served_model_name,
+            architecture=config.hf_config.architectures[0],
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            max_length=max_length_of(self._manager.context_len),
+            dtype=str(config.dtype).removeprefix("torch."),
+        )
+
+    @property
+    def max_inputs(self) -> int:
+        """Most inputs of one request: they enter the scheduler's queue together or not at all."""
+        return min(MAX_INPUTS, self._manager.server_args.max_queued_requests or MAX_INPUTS)
+
+    def check_ready(self) -> None:
+        """Raises RequestError (503) where a request would wait for nothing."""
+        if self._manager.gracefully_exit:
+            raise RequestError("The server is shutting down.", status=503)
+        if self._manager.is_pause:
+            raise RequestError(
+                "The server is paused; POST /continue_generation resumes it.", status=503
+            )
+        if self._manager.server_status == ServerStatus.UnHealthy:
+            raise RequestError("The scheduler does not answer health checks.", status=503)
+
+    async def encode(
+        self, request: EncodeRequest, raw_request: fastapi.Request | None = None
+    ) -> list[EncodeOutput]:
+        """The answer for each input of `request`, in its order.
+
+        Cancelling this takes the inputs out of the scheduler's queue.
+
+        Raises:
+            RequestError: it cannot be served; 429 where the queue is full.
+        """
+        inputs, truncated = await self.prepare(request)
+        return await self.run(inputs, truncated, raw_request)
+
+    async def prepare(self, request: EncodeRequest) -> tuple[list[EncodeInput], list[bool]]:
+        """`request`'s inputs, tokenized and checked, and whether each was cut.
+
+        Raises:
+            RequestError: this encoder cannot take them.
+        """
+        info = self.info
+        limit = _limit(request, info)
+        rows: list[Any] = request.rows()
+        whole = rows
+        if isinstance(rows[0], str):
+            whole, rows = await asyncio.to_thread(self._tokenize, rows, limit, request.truncate)
+        inputs = []
+        for i, (ids, spec) in enumerate(zip(rows, request.specs(len(rows)), strict=True)):
+            if len(ids) > limit:
+                raise RequestError(
+                    f"Input {i} has {len(ids)} tokens, but at most {limit} are taken; shorten "
+                    "it, or give it as a text with `truncate`.",
+                    param="input",
+                )
+            one = EncodeInput(token_ids=ids, spec=spec)
+            try:
+                one.check(info)
+            except RequestError as error:
+                where = f"Input {i}: " if len(rows) > 1 else ""
+                raise RequestError(
+                    f"{where}{error}", status=error.status, param=error.param
+                ) from None
+            inputs.append(one)
+        return inputs, [len(a) > len(b) for a, b in zip(whole, rows, strict=True)]
+
+    async def run(
+        self,
+        inputs: Sequence[EncodeInput],
+        truncated: Sequence[bool],
+        raw_request: fastapi.Request | None = None,
+    ) -> list[EncodeOutput]:
+        """Submits checked inputs as one batch and waits for their answers."""
+        batch = EmbeddingReqInput(
+            input_ids=[list(one.token_ids) for one in inputs],
+            sampling_params=[{"custom_params": one.spec.to_params()} for one in inputs],
+            return_pooled_hidden_states=True,
+        )
+        answers = self._manager.generate_request(batch, raw_request)
+        try:
+            async with contextlib.aclosing(answers):
+                outs = await anext(answers)
+        except fastapi.HTTPException as error:
+            overloaded = error.detail in _OVERLOADED
+            status = HTTPStatus.TOO_MANY_REQUESTS if overloaded else error.status_code
+            raise RequestError(str(error.detail), status=status) from error
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        hidden_size = self._manager.model_config.hidden_size
+        return [
+            self._output(out, one, cut, hidden_size)
+            for out, one, cut in zip(outs, inputs, truncated, strict=True)
+        ]
+
+    def _output(
+        self, out: dict[str, Any], one: EncodeInput, cut: bool, hidden_size: int
+    ) -> EncodeOutput:
+        facts = out["meta_info"]
+        flat = out.get("pooled_hidden_state")
+        if flat is None:
+            reason = facts["finish_reason"].get("message", "no hidden states came back")
+            raise RequestError(f"The server gave the request up: {reason}", status=503)
+        tokens = len(one.token_ids)
+        states, pooled = unpack(flat, one.spec, tokens, hidden_size)
+        return EncodeOutput(states, pooled, tokens, facts.get("cached_tokens", 0), cut)
+
+    def _tokenize(
+        self, texts: list[str], limit: int, truncate: bool
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The token ids of each text, whole and (with `truncate`) cut to `limit`."""
+        if self._tokenizer is None:
+            raise RequestError(
+                "This server was started with --skip-tokenizer-init, so it takes no texts; "
+                "give token ids.",
+                param="input",
+            )
+        whole = self._tokenizer(texts, verbose=False)["input_ids"]
+        if not truncate:
+            return whole, whole
+        cut = [
+            self._cut(text, limit) if len(ids) > limit else ids for text, ids in zip(texts, whole)
+        ]
+        return whole, cut
+
+    def _cut(self, text: str, limit: int) -> list[int]:
+        """The first `limit` token ids of `text`, special tokens kept."""
+        with self._cutting:
+            # Truncation is state of a tokenizer, and srt calls its own from another thread.
+            self._cutter = self._cutter or copy.deepcopy(self._tokenizer)
+            return self._cutter(text, truncation=True, max_length=limit)["input_ids"]
+
+
+@functools.lru_cache(maxsize=1)
+def service_of(tokenizer_manager: TokenizerManager) -> EncodeService:
+    """The service over a process's tokenizer manager."""
+    return EncodeService(tokenizer_manager)
+
+
+def refuse_generation(
+    self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput, input_ids: Any
+) -> None:
+    """BEFORE `TokenizerManager._validate_one_request`: an encoder cannot generate.
+
+    Raises:
+        ValueError: for a generate request, which would end the scheduler.
+    """
+    if isinstance(obj, GenerateReqInput):
+        raise ValueError(
+            f"{self.served_model_name} is an encoder and generates no text. POST {ROUTE} gives "
+            "hidden states, POST /v1/embeddings one vector an input."
+        )
+
+
+def _limit(request: EncodeRequest, info: EncoderInfo) -> int:
+    """Most tokens that an input of `request` may have."""
+    given = request.max_length
+    if given is None:
+        return info.max_length
+    if not 1 <= given <= info.max_length:
+        raise RequestError(
+            f"`max_length` is {given}, but {info.model} takes 1 to {info.max_length} tokens.",
+            param="max_length",
+        )
+    return given

@@ -1,0 +1,88 @@
+"""srt on any x86-64 or Arm CPU, from the wheels on the package index.
+
+Upstream's CPU platform needs a CPU build of sgl-kernel that no wheel has. This out-of-tree
+platform takes plain torch everywhere, and gives srt defaults that fit a host: memory in proportion
+to the model and the token budget, and processes that sleep while there is nothing to do. What
+encode-only mode needs of any platform is in `srt/encode_only/`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+# Tokens of KV cache that a server takes without --max-total-tokens: a few requests at full length.
+DEFAULT_KV_TOKENS = 16384
+DEFAULT_RUNNING_REQUESTS = 64
+
+
+def activate() -> str | None:
+    """Entry point of `sglang.srt.platforms`: the class to use, or None to stand aside.
+
+    Stands aside where there is an accelerator, and where the user picked upstream's CPU engine
+    (`SGLANG_USE_CPU_ENGINE=1`).
+    """
+    if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
+        return None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type != "cpu":
+        return None
+    return f"{__name__}:PortableCpuPlatform"
+
+
+class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """A CPU with nothing but torch."""
+
+    _enum = PlatformEnum.OOT
+
+    def get_device(self, device_id: int = 0) -> str:  # type: ignore[override]
+        # srt takes apart the default of --device as a string.
+        return "cpu"
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        # Inductor would compile for half a minute inside the first request.
+        return "eager"
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def apply_server_args_defaults(self, server_args) -> None:
+        # An x86 host is given intel_amx, whose kernels no wheel has.
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = self.get_default_attention_backend()
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = DEFAULT_KV_TOKENS
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = DEFAULT_RUNNING_REQUESTS
+        # The device's memory is the host's, which other processes use too; the two limits above
+        # bound what is taken, and srt's own guess can become negative on a small host.
+        if server_args.mem_fraction_static is None:
+            server_args.mem_fraction_static = 0.8
+        server_args.sleep_on_idle = True
+        server_args.disable_custom_all_reduce = True
+        _share_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
+
+
+def _share_cores(ranks: int) -> None:
+    """Gives each rank cores of its own where there are more ranks than NUMA nodes.
+
+    srt binds a rank to a NUMA node, and else wants the cores spelled out in the environment, which
+    the ranks inherit.
+    """
+    # srt.utils asks for the platform while it is imported.
+    from sglang.srt.utils.numa_utils import get_cpu_ids_by_node
+
+    if ranks <= len(get_cpu_ids_by_node()):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // ranks)
+    bind = [
+        ",".join(map(str, cores[start : start + share]))
+        for start in ((rank * share) % len(cores) for rank in range(ranks))
+    ]
+    os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(bind))

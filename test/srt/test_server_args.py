@@ -1,0 +1,78 @@
+"""What `--is-embedding-encoder` implies and what it refuses, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.encode_only import server_args as encode_only_args
+from sglang.srt.plugins import load_plugins
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugins():
+    load_plugins()
+
+
+def resolved(monkeypatch, **fields):
+    monkeypatch.setattr("sglang.srt.encode_only.plugin.enter_encode_only", lambda args: None)
+    args = encode_only_args.ServerArgs(is_embedding_encoder=True, **fields)
+    args.resolve_once()
+    return resolving_view(args)
+
+
+def test_the_flag_implies_what_it_needs(monkeypatch, t5_folder: Path):
+    cfg = resolved(monkeypatch, model_path=str(t5_folder))
+    assert cfg.is_embedding
+    assert cfg.chunked_prefill_size == -1
+    assert cfg.disable_radix_cache
+    assert cfg.prefill_only_disable_kv_cache
+    assert cfg.attention_backend == "encode_only"
+    assert cfg.dtype == json.loads((t5_folder / "config.json").read_text())["dtype"]
+
+
+def test_an_input_may_be_as_long_as_the_context_length(monkeypatch, t5_folder: Path):
+    cfg = resolved(monkeypatch, model_path=str(t5_folder), context_length=512)
+    assert encode_only_args.max_length_of(cfg.context_length) == 512
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("chunked_prefill_size", 512, "--chunked-prefill-size 512"),
+        ("enable_hierarchical_cache", True, "--enable-hierarchical-cache"),
+        ("kv_cache_dtype", "fp8_e4m3", "--kv-cache-dtype fp8_e4m3"),
+        ("speculative_algorithm", "EAGLE", "--speculative-algorithm EAGLE"),
+        ("disaggregation_mode", "prefill", "--disaggregation-mode prefill"),
+        ("pp_size", 2, "--pp-size 2"),
+        ("enable_mixed_chunk", True, "--enable-mixed-chunk"),
+        ("attention_backend", "torch_native", "--attention-backend torch_native"),
+        ("encoder_only", True, "--encoder-only"),
+        ("enable_lora", True, "--enable-lora"),
+    ],
+)
+def test_a_contradiction_names_the_flag_and_the_reason(
+    monkeypatch, t5_folder: Path, field, value, flag
+):
+    with pytest.raises(ValueError) as error:
+        resolved(monkeypatch, model_path=str(t5_folder), **{field: value})
+    assert flag in str(error.value)
+    assert "contradicts --is-embedding-encoder: " in str(error.value)
+
+
+def test_a_model_that_is_no_encoder_is_refused_with_the_list_of_those(
+    monkeypatch, llama_folder: Path
+):
+    with pytest.raises(ValueError, match="LlamaForCausalLM") as error:
+        resolved(monkeypatch, model_path=str(llama_folder))
+    for name in ("T5EncoderModel", "UMT5EncoderModel", "MT5ForConditionalGeneration"):
+        assert name in str(error.value)
+
+
+def test_an_encoder_without_the_flag_is_told_about_it(t5_folder: Path):
+    args = encode_only_args.ServerArgs(model_path=str(t5_folder), is_embedding=True)
+    with pytest.raises(ValueError, match="T5EncoderModel is an encoder.*--is-embedding-encoder"):
+        args.resolve_once()
