@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import msgspec
 import pytest
-
 from sglang.srt.encode_only import seams
 from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -83,16 +83,13 @@ def test_a_seam_that_does_not_fit_stops_the_start_and_is_named(change, says):
     (seam,) = (s for s in seams.ENCODE_ONLY if s.path.endswith("prepare_for_extend"))
     broken = msgspec.structs.replace(seam, **change)
 
-    class Registry(HookRegistry):
-        _hooks = type(HookRegistry._hooks)(list)
-        _patched = set()
-
+    registry = type("Registry", (HookRegistry,), {"_hooks": defaultdict(list), "_patched": set()})
     with pytest.raises(SystemExit) as error:
-        seams.install([broken], registry=Registry, everywhere=True)
+        seams.install([broken], registry=registry)
     assert broken.path in str(error.value)
     assert says in str(error.value)
     assert seams.SUPPORTED_SGLANG in str(error.value)
-    assert not Registry._patched
+    assert not registry._patched
 
 
 def test_another_sglang_version_is_refused_with_one_message(tmp_path: Path, t5_folder: Path):

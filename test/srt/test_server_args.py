@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.encode_only import server_args as encode_only_args
 from sglang.srt.plugins import load_plugins
@@ -18,7 +17,7 @@ def plugins():
 
 
 def resolved(monkeypatch, **fields):
-    monkeypatch.setattr("sglang.srt.encode_only.plugin.enter_encode_only", lambda args: None)
+    monkeypatch.setattr("sglang.srt.encode_only.plugin.enter_encode_only", lambda: None)
     args = encode_only_args.ServerArgs(is_embedding_encoder=True, **fields)
     args.resolve_once()
     return resolving_view(args)
@@ -74,5 +73,5 @@ def test_a_model_that_is_no_encoder_is_refused_with_the_list_of_those(
 
 def test_an_encoder_without_the_flag_is_told_about_it(t5_folder: Path):
     args = encode_only_args.ServerArgs(model_path=str(t5_folder), is_embedding=True)
-    with pytest.raises(ValueError, match="T5EncoderModel is an encoder.*--is-embedding-encoder"):
+    with pytest.raises(ValueError, match=r"T5EncoderModel is an encoder.*--is-embedding-encoder"):
         args.resolve_once()

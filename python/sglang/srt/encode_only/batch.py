@@ -5,31 +5,41 @@ What each request asked for rides with the batch; everything else is upstream's 
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.encode_only.forward_mode import encode_only_mode
 from sglang.srt.encode_only.request import EncodeSpec
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch as StockForwardBatch
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-logger = logging.getLogger(__name__)
+
+@dataclasses.dataclass
+class ForwardBatch(StockForwardBatch):
+    """srt's forward batch, with what each request asks for.
+
+    A field and not an attribute, because srt's runners copy a batch field by field.
+
+    Attributes:
+        encode_specs: an EncodeSpec a request, None for a request that wants a plain embedding.
+    """
+
+    encode_specs: list[EncodeSpec | None] | None = None
+
+    @classmethod
+    def init_new(cls, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> ForwardBatch:
+        forward_batch = super().init_new(batch, *args, **kwargs)
+        forward_batch.encode_specs = [
+            EncodeSpec.from_params(req.sampling_params.custom_params) for req in batch.reqs
+        ]
+        return forward_batch
 
 
 def mark_batch(_result: None, batch: ScheduleBatch) -> None:
     """AFTER `ScheduleBatch.prepare_for_extend`: the batch is encode-only."""
     batch.forward_mode = encode_only_mode()
-
-
-def attach_specs(
-    forward_batch: ForwardBatch, cls: type, batch: ScheduleBatch, *args: Any, **kwargs: Any
-) -> None:
-    """AFTER `ForwardBatch.init_new`: the model and the attention backend see what is asked."""
-    forward_batch.encode_specs = [  # type: ignore[attr-defined]
-        EncodeSpec.from_params(req.sampling_params.custom_params) for req in batch.reqs
-    ]
 
 
 def allow_no_kv_pool(original: Any, *args: Any, **kwargs: Any) -> None:

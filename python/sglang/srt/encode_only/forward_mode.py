@@ -6,7 +6,6 @@ It counts as an extend everywhere srt asks what to do with prompt tokens.
 from __future__ import annotations
 
 from aenum import extend_enum
-
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 NAME = "ENCODE_ONLY"

@@ -15,13 +15,12 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from sglang.srt.encode_only import wire
 from sglang.srt.encode_only.request import RequestError
 from sglang.srt.encode_only.service import EncodeService, service_of
 from sglang.srt.entrypoints.http_server import get_global_state
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 router = APIRouter()

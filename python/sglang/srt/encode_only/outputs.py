@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-
 from sglang.srt.encode_only.request import LAST_HIDDEN_STATE, EncodeSpec
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput
 
@@ -111,7 +110,7 @@ class LayerCapture:
 def unpack(
     flat: torch.Tensor, spec: EncodeSpec, num_tokens: int, hidden_size: int
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
-    """The inverse of `LayerCapture.finish` for one request: views of `flat`, by layer, and pooled."""
+    """The inverse of `LayerCapture.finish` for one request: views of `flat`, and pooled."""
     rows = num_tokens - spec.skip
     size = rows * hidden_size
     states = {

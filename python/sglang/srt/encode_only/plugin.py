@@ -8,12 +8,8 @@ import importlib.metadata
 import logging
 import multiprocessing
 import sys
-from typing import TYPE_CHECKING
 
 from sglang.srt.encode_only import seams
-
-if TYPE_CHECKING:
-    from sglang.srt.encode_only.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
@@ -40,24 +36,39 @@ def install() -> None:
     from sglang.srt.encode_only import server_args
 
     server_args.register()
-    seams.install(seams.ALWAYS)
+    # A module that is imported later takes what is there by then.
+    seams.install(seam for seam in seams.ALWAYS if seam.module in sys.modules)
 
 
-def enter_encode_only(server_args: ServerArgs) -> None:
-    """Puts this process into encode-only mode, as far as what it has imported goes.
+def enter_encode_only() -> None:
+    """Puts this process into encode-only mode.
 
-    Called whenever a process resolves or publishes arguments with `is_embedding_encoder`.
+    Called in every process that takes on arguments with `is_embedding_encoder`: the one that starts
+    the others, which finds out for all of them whether every seam fits, then the schedulers and the
+    tokenizer workers. Calling it again does nothing.
     """
+    first = multiprocessing.parent_process() is None
+    serves = "sglang.srt.entrypoints.engine" in sys.modules
+    if first or serves:
+        _enter_server()
+    if first or (not serves and "sglang.srt.managers.scheduler" in sys.modules):
+        enter_scheduler()
+
+
+def enter_scheduler() -> None:
+    """The part of encode-only mode that runs models, for a scheduler or a worker elsewhere."""
     from sglang.srt.encode_only import encoders, metrics
     from sglang.srt.encode_only.forward_mode import encode_only_mode
 
-    # The process that starts the others finds out for all of them whether every seam fits.
-    seams.install(seams.ENCODE_ONLY, everywhere=multiprocessing.parent_process() is None)
-    if "sglang.srt.model_executor.model_runner" in sys.modules:
-        encode_only_mode()
-        importlib.import_module("sglang.srt.layers.attention.encode_only.sdpa")
-        encoders.register_models()
-        metrics.name_mode_in_log()
+    encode_only_mode()
+    seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "scheduler")
+    importlib.import_module("sglang.srt.layers.attention.encode_only.sdpa")
+    encoders.register_models()
+    metrics.name_mode_in_log()
+
+
+def _enter_server() -> None:
+    seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "server")
     if http_server := sys.modules.get("sglang.srt.entrypoints.http_server"):
         from sglang.srt.encode_only import http_api
 

@@ -16,12 +16,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-import sys
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
-
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 SUPPORTED_SGLANG = "0.5.23"
@@ -43,8 +41,9 @@ class Seam(msgspec.Struct, frozen=True, kw_only=True):
         kind: what is done to it; `replace` is for classes.
         hook: `module:attribute` of what is put there.
         parameters: the target's parameter names as we expect them, empty for a class.
-        process: where it takes effect: `any` that reads arguments, the `scheduler` (and the worker
-            in a host process), or the `server` (HTTP and tokenizer).
+        process: where it takes effect: in `any` that reads srt's arguments, in the `scheduler`
+            (and the worker inside another process), in the `server` (HTTP and tokenizer), or in
+            the processes of the `diffusion` runtime.
         reason: why it is needed.
         upstream: how the change would read there.
     """
@@ -87,7 +86,7 @@ ALWAYS: tuple[Seam, ...] = (
         upstream="nothing, with the field upstream",
     ),
 )
-"""Installed in every process that loads srt's plugins. None is on a request's path."""
+"""Installed where srt's plugins are loaded. None is on a request's path."""
 
 
 ENCODE_ONLY: tuple[Seam, ...] = (
@@ -114,23 +113,12 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         parameters=("self",),
         process="scheduler",
         reason="Marks the batch.",
-        upstream="`self.forward_mode = ENCODE_ONLY if get_model().is_embedding_encoder else EXTEND`",
+        upstream="`ENCODE_ONLY if get_model().is_embedding_encoder else EXTEND`",
     ),
     Seam(
-        target="sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
-        kind="after",
-        hook="sglang.srt.encode_only.batch:attach_specs",
-        parameters=(
-            "cls",
-            "batch",
-            "model_runner",
-            "capture_hidden_mode",
-            "return_hidden_states_before_norm",
-            "extend_position_info",
-            "spec_mrope_positions",
-            "kv_loc_plan",
-            "write_cols",
-        ),
+        target="sglang.srt.model_executor.forward_batch_info:ForwardBatch",
+        kind="replace",
+        hook="sglang.srt.encode_only.batch:ForwardBatch",
         process="scheduler",
         reason="The model needs to know which layers, the attention which keys, each request asks.",
         upstream="a field `encode_specs` of ForwardBatch, filled from `batch.reqs`",
@@ -169,6 +157,15 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         process="server",
         reason="A generate request ends a server that has an embedding model.",
         upstream="the same check, in the same place",
+    ),
+    Seam(
+        target="sglang.srt.utils.auth:add_api_key_middleware",
+        kind="after",
+        hook="sglang.srt.encode_only.http_api:shape_refusals",
+        parameters=("app", "api_key", "admin_api_key"),
+        process="server",
+        reason="A wrong or missing key is answered in the shape of every other error of the route.",
+        upstream="OpenAI's error shape in the middleware's own answer",
     ),
     Seam(
         target="sglang.srt.entrypoints.engine:Engine.encode",
@@ -244,22 +241,13 @@ def _misfit(seam: Seam, what: str) -> str:
     )
 
 
-def install(
-    seams: Iterable[Seam], registry: type[HookRegistry] = HookRegistry, *, everywhere: bool = False
-) -> None:
-    """Checks and installs the seams that concern this process.
-
-    A process that has not imported a seam's module does not run it: such a seam is left for a
-    later call, unless `everywhere`, which imports them all. Installing twice does nothing.
+def install(seams: Iterable[Seam], registry: type[HookRegistry] = HookRegistry) -> None:
+    """Checks all of `seams`, then installs them; one that is installed already is left alone.
 
     Raises:
         SeamError: a target is gone, has other parameters, or could not be patched.
     """
-    due = [
-        seam
-        for seam in seams
-        if seam.path not in registry._patched and (everywhere or seam.module in sys.modules)
-    ]
+    due = [seam for seam in seams if seam.path not in registry._patched]
     for seam in due:
         check(seam)
     for seam in due:

@@ -12,7 +12,6 @@ import logging
 from typing import Any
 
 import torch
-
 from sglang.srt.arg_groups.arg_utils import NS, A
 from sglang.srt.arg_groups.choices import add_attention_backend_choices
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
@@ -32,17 +31,19 @@ DEFAULT_MAX_LENGTH = 2048
 """Most tokens of an input where neither model nor user says; srt's own default."""
 
 
+_HELP = (
+    "Serve the model as an encoder: one forward pass a request, no KV cache, no sampling; the "
+    "hidden states of every token come back as tensors from POST /v1/encode. Implies "
+    "--is-embedding. For "
+    f"{', '.join(name for name in ENCODERS if name.endswith('EncoderModel'))} and the encoders of "
+    "their encoder-decoder checkpoints."
+)
+
+
 class ServerArgs(StockServerArgs):  # type: ignore[misc, valid-type]
     """srt's server arguments with encode-only mode."""
 
-    is_embedding_encoder: A[
-        bool,
-        "Serve the model as an encoder: one forward pass a request, no KV cache, no sampling; the "
-        "hidden states of every token come back as tensors from POST /v1/encode. Implies "
-        f"--is-embedding. For {', '.join(a for a in ENCODERS if a.endswith('EncoderModel'))} and "
-        "the encoders of their encoder-decoder checkpoints.",
-        NS("model"),
-    ] = False
+    is_embedding_encoder: A[bool, _HELP, NS("model")] = False
 
     def resolve_once(self) -> None:
         """Resolves as upstream does; a process that takes on these arguments takes on the mode."""
@@ -50,7 +51,7 @@ class ServerArgs(StockServerArgs):  # type: ignore[misc, valid-type]
         if self.is_embedding_encoder:
             from sglang.srt.encode_only.plugin import enter_encode_only
 
-            enter_encode_only(self)
+            enter_encode_only()
 
 
 def max_length_of(context_len: int) -> int:

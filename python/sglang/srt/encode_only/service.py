@@ -16,7 +16,7 @@ from http import HTTPStatus
 from typing import Any
 
 import fastapi
-
+from sglang.srt.encode_only.encoders import ENCODERS
 from sglang.srt.encode_only.outputs import unpack
 from sglang.srt.encode_only.request import (
     EncodeInput,
@@ -28,6 +28,7 @@ from sglang.srt.encode_only.server_args import max_length_of
 from sglang.srt.encode_only.wire import MAX_INPUTS, ROUTE, EncodeRequest
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
+from sglang.srt.runtime_context import get_schedule
 
 # The scheduler says of these that it is unavailable (503), as it does of many things.
 _OVERLOADED = ("The request queue is full.", "The request is aborted by a higher priority request.")
@@ -37,7 +38,7 @@ class EncodeService:
     """Encodes through `tokenizer_manager`, on whose event loop its coroutines run."""
 
     def __init__(self, tokenizer_manager: TokenizerManager):
-        self._manager = tokenizer_manager
+        self._manager: Any = tokenizer_manager
         self._tokenizer: Any = tokenizer_manager.tokenizer
         self._cutter: Any = None
         self._cutting = threading.Lock()
@@ -49,20 +50,22 @@ class EncodeService:
     @property
     def info(self) -> EncoderInfo:
         config = self._manager.model_config
+        architecture = config.hf_config.architectures[0]
         return EncoderInfo(
             model=self._manager.served_model_name,
-            architecture=config.hf_config.architectures[0],
+            architecture=architecture,
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             max_length=max_length_of(self._manager.context_len),
             dtype=str(config.dtype).removeprefix("torch."),
+            causal=ENCODERS[architecture].causal,
         )
 
     @property
     def max_inputs(self) -> int:
         """Most inputs of one request: they enter the scheduler's queue together or not at all."""
-        return min(MAX_INPUTS, self._manager.server_args.max_queued_requests or MAX_INPUTS)
+        return min(MAX_INPUTS, get_schedule().max_queued_requests or MAX_INPUTS)
 
     def check_ready(self) -> None:
         """Raises RequestError (503) where a request would wait for nothing."""

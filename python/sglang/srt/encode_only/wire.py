@@ -16,7 +16,6 @@ import msgspec
 import numpy as np
 import orjson
 import torch
-
 from sglang.srt.encode_only.request import (
     LAST_HIDDEN_STATE,
     EncodeInput,
@@ -142,9 +141,11 @@ def read_request(body: bytes | bytearray) -> EncodeRequest:
 def make_request(**fields: Any) -> EncodeRequest:
     """A request from Python values, which are held to what JSON is held to."""
     try:
-        return msgspec.convert(fields, EncodeRequest)
+        request = msgspec.convert(fields, EncodeRequest)
     except msgspec.ValidationError as error:
         raise _misunderstood(error) from error
+    request.rows()
+    return request
 
 
 def write_request(request: EncodeRequest) -> bytes:

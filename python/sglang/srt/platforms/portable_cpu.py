@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 
 import torch
-
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform

@@ -7,6 +7,9 @@ torch those two operators. srt on a CPU is in `srt/platforms/portable_cpu.py`.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+
 import torch
 import torch.nn.functional as F
 
@@ -17,11 +20,9 @@ def define_missing_operators() -> None:
 
     if not current_platform.is_cpu():
         return
-    try:
-        import sgl_kernel  # noqa: F401
-    except ImportError:
-        # The wheel is built for CUDA, and cannot be imported without it.
-        pass
+    # A wheel that is built for CUDA cannot be imported without it.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("sgl_kernel")
     for operator in (fused_norm_scale_shift_cpu, fused_scale_residual_norm_scale_shift_cpu):
         if not hasattr(torch.ops.sgl_kernel, operator.__name__):
             torch.library.custom_op(f"sgl_kernel::{operator.__name__}", operator, mutates_args=())

@@ -7,11 +7,10 @@ place is in `loader.py` and `encoder.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import urlsplit
 
 import msgspec
-
 from sglang.srt.encode_only.encoders import ENCODERS, find_encoder
 
 FLAG = "--srt-encoders"
@@ -45,7 +44,7 @@ class Servers(msgspec.Struct, frozen=True):
 
 Placement = Native | InWorker | Servers
 
-Option = str | Iterable[str] | Mapping[str, str | Iterable[str]] | None
+Option = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 """The option as a user gives it: `"srt"`, `"text_encoder=srt text_encoder_2=http://…"`, a list of
 such items, or a place (a list of URLs counts as one) by component."""
 
@@ -116,8 +115,6 @@ def read(option: Option) -> Placements:
 
 def _items(option: Option) -> Iterable[tuple[str | None, str]]:
     """The option's items: a component, or None for every one, and its value."""
-    if option is None:
-        return
     if isinstance(option, Mapping):
         for component, value in option.items():
             urls = value if isinstance(value, str) else ",".join(_texts(value))
@@ -131,10 +128,10 @@ def _items(option: Option) -> Iterable[tuple[str | None, str]]:
             yield None, item
 
 
-def _texts(values: object) -> Iterable[str]:
-    if not isinstance(values, Iterable) or not all(isinstance(v, str) for v in (got := [*values])):
+def _texts(values: object) -> Sequence[str]:
+    if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
         raise ValueError(f"{FLAG} got {values!r}; give {VALUES}, or such a value by component.")
-    return got
+    return values
 
 
 def _place(component: str | None, value: str) -> Placement:

@@ -11,9 +11,8 @@ import functools
 import math
 
 import torch
-from torch import nn
-
 from sglang.srt.runtime_context import get_parallel
+from torch import nn
 
 
 @functools.lru_cache(maxsize=64)

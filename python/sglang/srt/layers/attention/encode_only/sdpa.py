@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 # Lengths that differ by less than this are padded to one another.
 LENGTH_STEP = 16
 # A group's scores, and so its mask, stay within a core's cache; a longer sequence runs alone.
-MAX_GROUP_SCORES = 1 << 19
+MAX_GROUP_SCORES = 1 << 17
 
 
 class SequenceGroup:

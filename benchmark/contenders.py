@@ -1,0 +1,123 @@
+"""Who is measured: each takes the token ids of a batch and gives back `[rows, hidden]` an input.
+
+A contender is a context manager over a checkpoint folder, so that servers stop when it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+Encode = Callable[[list[list[int]]], list[torch.Tensor]]
+
+PIPELINE_LENGTH = 512
+"""To which the diffusion runtime pads every prompt of a T5 encoder."""
+
+
+@contextlib.contextmanager
+def in_process(folder: Path, dtype: torch.dtype) -> Iterator[Encode]:
+    """Ours, as the placement `srt` runs it: inside this process."""
+    from sglang.srt.encode_only.in_process import InProcessEncoder
+    from sglang.srt.encode_only.request import EncodeInput
+
+    encoder = InProcessEncoder(str(folder), dtype=str(dtype).removeprefix("torch."))
+    try:
+        yield lambda batch: [
+            output.last_hidden_state
+            for output in encoder.encode([EncodeInput(token_ids=ids) for ids in batch])
+        ]
+    finally:
+        encoder.close()
+
+
+@contextlib.contextmanager
+def server(folder: Path, dtype: torch.dtype) -> Iterator[Encode]:
+    """Ours, through an encode-only server on loopback HTTP."""
+    from sglang.srt.encode_only.client import EncoderClient
+    from sglang.srt.encode_only.local_server import LocalServer
+
+    name = str(dtype).removeprefix("torch.")
+    with (
+        LocalServer(folder, "--skip-tokenizer-init", "--dtype", name) as running,
+        EncoderClient(running.url) as client,
+    ):
+        yield lambda batch: [output.last_hidden_state for output in client.encode(batch)]
+
+
+@contextlib.contextmanager
+def native(folder: Path, dtype: torch.dtype) -> Iterator[Encode]:
+    """sglang's own diffusion encoder, called as `TextEncodingStage` calls it: padded, masked."""
+    from sglang.multimodal_gen.configs.models.encoders.t5 import T5Config
+    from sglang.multimodal_gen.runtime.distributed.parallel_state import (
+        maybe_init_distributed_environment_and_model_parallel,
+    )
+    from sglang.multimodal_gen.runtime.managers.forward_context import set_forward_context
+    from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+    }
+    maybe_init_distributed_environment_and_model_parallel(1, 1)
+    config = T5Config()
+    config.update_model_arch(json.loads((folder / "config.json").read_text()))
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = T5EncoderModel(config).eval()
+    finally:
+        torch.set_default_dtype(previous)
+    model.load_weights(load_file(folder / "model.safetensors").items())
+
+    @torch.no_grad()
+    def encode(batch: list[list[int]]) -> list[torch.Tensor]:
+        ids_bl = torch.zeros(len(batch), PIPELINE_LENGTH, dtype=torch.long)
+        mask_bl = torch.zeros_like(ids_bl)
+        for i, ids in enumerate(batch):
+            ids_bl[i, : len(ids)] = torch.tensor(ids)
+            mask_bl[i, : len(ids)] = 1
+        with set_forward_context(current_timestep=0, attn_metadata=None):
+            states = model(input_ids=ids_bl, attention_mask=mask_bl).last_hidden_state
+        return [states[i, : len(ids)] for i, ids in enumerate(batch)]
+
+    yield encode
+
+
+@contextlib.contextmanager
+def transformers(folder: Path, dtype: torch.dtype) -> Iterator[Encode]:
+    """transformers, a batch padded to its longest prompt and no further."""
+    from transformers import T5EncoderModel
+
+    model = T5EncoderModel.from_pretrained(folder, dtype=dtype).eval()
+
+    @torch.no_grad()
+    def encode(batch: list[list[int]]) -> list[torch.Tensor]:
+        longest = max(map(len, batch))
+        ids_bl = torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch])
+        mask_bl = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch])
+        padded = bool((mask_bl == 0).any())
+        states = model(ids_bl, attention_mask=mask_bl if padded else None).last_hidden_state
+        return [states[i, : len(ids)] for i, ids in enumerate(batch)]
+
+    yield encode
+
+
+CONTENDERS = {
+    "in process": in_process,
+    "server": server,
+    "transformers": transformers,
+    "native": native,
+}

@@ -1,0 +1,103 @@
+"""Loads a text encoder that runs on srt: its configuration, and none of the native weights.
+
+Importing this module registers the loader for every `text_encoder` component, in place of stock's,
+to which it leaves the native ones. Where an encoder runs is read in `placement.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from sglang.multimodal_gen.configs.models import EncoderConfig
+from sglang.multimodal_gen.runtime.distributed import (
+    get_local_torch_device,
+    get_replica_group,
+    model_parallel_is_initialized,
+)
+from sglang.multimodal_gen.runtime.loader.component_loaders.component_loader import (
+    ComponentCheckpointUnsupportedError,
+)
+from sglang.multimodal_gen.runtime.loader.component_loaders.text_encoder_loader import (
+    TextEncoderLoader,
+)
+from sglang.multimodal_gen.runtime.models.encoders.base import TextEncoder
+from sglang.multimodal_gen.runtime.server_args import ServerArgs
+from sglang.multimodal_gen.runtime.srt_encoder.encoder import Encode, SrtTextEncoder
+from sglang.multimodal_gen.runtime.srt_encoder.option import placement_of
+from sglang.multimodal_gen.runtime.srt_encoder.placement import Native, Placement, Servers
+from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers, Expected
+from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import get_diffusers_component_config
+from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
+
+
+class SrtTextEncoderLoader(TextEncoderLoader):
+    """Loader for text encoders, native ones and those on srt."""
+
+    component_names = ["text_encoder"]  # noqa: RUF012
+
+    def load_customized(
+        self,
+        component_model_path: str,
+        server_args: ServerArgs,
+        component_name: str,
+        component_starts_on_cpu: bool | None = None,
+    ) -> TextEncoder:
+        placement = placement_of(server_args, component_name, self.component_architecture)
+        if isinstance(placement, Native):
+            return super().load_customized(
+                component_model_path, server_args, component_name, component_starts_on_cpu
+            )
+        try:
+            return self._load_on_srt(component_model_path, server_args, component_name, placement)
+        except Exception as error:
+            # Of this type, since stock answers others by loading a native encoder after all.
+            raise ComponentCheckpointUnsupportedError(
+                f"{component_name} cannot run as {placement}: {error}"
+            ) from error
+
+    def _load_on_srt(
+        self, path: str, server_args: ServerArgs, component: str, placement: Placement
+    ) -> SrtTextEncoder:
+        settings = get_diffusers_component_config(component_path=path)
+        config = self.build_model_config(path, settings, server_args, component)
+        config.post_diffusers_config_update()
+        # Folding would split weights between ranks.
+        config.parallel_folding_mode = None
+        precision = self.component_load_precision(server_args, component)
+        assert precision is not None, "A text encoder without precision. This is a bug."
+        dtype = PRECISION_TO_TYPE[precision]
+        group = get_replica_group() if model_parallel_is_initialized() else None
+        encode: Encode | None = None
+        if group is None or group.rank_in_group == 0:
+            encode = _encode(placement, path, config, server_args, component, dtype)
+        return SrtTextEncoder(
+            config,
+            component=component,
+            encode=encode,
+            hidden_size=config.arch_config.d_model,
+            dtype=dtype,
+            group=group,
+        )
+
+
+def _encode(
+    placement: Placement,
+    path: str,
+    config: EncoderConfig,
+    server_args: ServerArgs,
+    component: str,
+    dtype: torch.dtype,
+) -> Encode:
+    """Who encodes for `component`."""
+    if isinstance(placement, Servers):
+        arch = config.arch_config
+        expected = Expected(
+            architecture=arch.architectures[0],
+            num_layers=arch.num_layers,
+            hidden_size=arch.d_model,
+            vocab_size=arch.vocab_size,
+        )
+        return EncodeServers(component, placement.urls, expected, server_args.srt_encoder_timeout)
+    # Only where it runs: the import brings in the engine.
+    from sglang.srt.encode_only.in_process import InProcessEncoder
+
+    return InProcessEncoder(path, dtype=dtype, device=get_local_torch_device()).encode

@@ -1,0 +1,127 @@
+"""How `--srt-encoders` reaches a pipeline's configuration, whichever way it is given.
+
+On the command line, as `DiffGenerator.from_pretrained(srt_encoders=…)`, in a config file or in the
+JSON of a pipeline config, it ends as `PipelineConfig.srt_encoders`, where it can also be set. What
+its values mean is in `placement.py`. The functions here are hooks: `seams.py` says on what.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sglang.multimodal_gen.runtime.srt_encoder.placement import (
+    FLAG,
+    VALUES,
+    Native,
+    Option,
+    Placement,
+    read,
+)
+from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
+
+if TYPE_CHECKING:
+    from sglang.multimodal_gen.configs.pipeline_configs import PipelineConfig
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
+
+logger = init_logger(__name__)
+
+NAME = "srt_encoders"
+
+
+def add_flag(_result: object, parser: ArgumentParser, prefix: str = "") -> None:
+    """AFTER `PipelineConfig.add_cli_args`."""
+    parser.add_argument(
+        f"--{prefix}.srt-encoders" if prefix else FLAG,
+        dest=NAME,
+        nargs="+",
+        action="extend",
+        metavar="[COMPONENT=]PLACE",
+        help="Where text encoders run, for all that srt serves or by component "
+        f"(text_encoder=srt text_encoder_2=http://10.0.0.7:30000): {VALUES}. `srt` runs the "
+        "encoder by SGLang's LLM runtime inside the diffusion worker, a URL on an encode-only "
+        "server (sglang.launch_server --is-embedding-encoder). Default: native.",
+    )
+
+
+def take_from_arguments(config: PipelineConfig, args: dict[str, Any], prefix: str = "") -> None:
+    """BEFORE `PipelineConfig.update_config_from_dict`: takes the option out of `args`."""
+    option = args.pop(NAME, None)
+    if option is not None:
+        config.srt_encoders = option  # type: ignore[attr-defined]
+
+
+def take_from_config(config: PipelineConfig, source_pipeline_dict: Mapping[str, Any]) -> None:
+    """BEFORE `PipelineConfig.update_pipeline_config`: the option in a pipeline config's JSON."""
+    if NAME in source_pipeline_dict:
+        config.srt_encoders = source_pipeline_dict[NAME]  # type: ignore[attr-defined]
+
+
+def given_in(config: PipelineConfig) -> Option | None:
+    """The option that `config` carries, None if none."""
+    return getattr(config, NAME, None)
+
+
+def placement_of(server_args: ServerArgs, component: str, architecture: str | None) -> Placement:
+    """Where `component` runs; `architecture` is its class in `model_index.json`."""
+    option = given_in(server_args.pipeline_config)
+    return Native() if option is None else read(option).of(component, architecture)
+
+
+def check(_result: object, server_args: ServerArgs) -> None:
+    """AFTER `ServerArgs._validate_pipeline`: raises ValueError where the option does not fit."""
+    option = given_in(server_args.pipeline_config)
+    if option is None:
+        return
+    placements = read(option)
+    encoders = _text_encoders(server_args)
+    placements.check(server_args.model_path, encoders)
+    for component, architecture in encoders.items():
+        placement = placements.of(component, architecture)
+        if placement != Native():
+            _refuse_weight_options(server_args, component)
+        elif placements.every not in (None, Native()) and component not in placements.named:
+            logger.info(
+                "%s (%s) stays native: srt does not serve this class.", component, architecture
+            )
+            continue
+        logger.info("%s (%s) runs as %s.", component, architecture, placement)
+
+
+def _text_encoders(server_args: ServerArgs) -> dict[str, str]:
+    """The class of each text encoder of the pipeline, from its `model_index.json`."""
+    from sglang.multimodal_gen.configs.pipeline_configs.diffusers_generic import (
+        DiffusersGenericPipelineConfig,
+    )
+    from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import maybe_download_model_index
+
+    model = server_args.model_path
+    if isinstance(server_args.pipeline_config, DiffusersGenericPipelineConfig):
+        raise ValueError(
+            f"{FLAG}: {model} runs in plain diffusers, which encodes its own prompts. Where sglang "
+            "has a pipeline for this model, name it with --model-id; otherwise leave the flag out."
+        )
+    folder = os.path.join(model, server_args.model_subfolder or "")
+    index = maybe_download_model_index(folder if os.path.isdir(folder) else model)
+    return {
+        name: entry[1]
+        for name, entry in index.items()
+        if re.fullmatch(r"text_encoder(_\d+)?", name) and entry and entry[1]
+    }
+
+
+def _refuse_weight_options(server_args: ServerArgs, component: str) -> None:
+    """srt loads a component folder as it is."""
+    for field, flag in (
+        ("component_weights_paths", "--component-weights-paths"),
+        ("component_quantizations", "--component-quantizations"),
+        ("component_direct_gpu_weight_loading", "--component-direct-gpu-weight-loading"),
+    ):
+        if component in getattr(server_args, field):
+            raise ValueError(
+                f"{flag}.{component} is for a native encoder, but {FLAG} places {component} on "
+                "srt. Leave one of them out."
+            )

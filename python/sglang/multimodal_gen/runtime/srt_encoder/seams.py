@@ -1,0 +1,64 @@
+"""Every place where stock's diffusion runtime is touched, as data.
+
+What a seam is, and the code that checks and installs them, is in `srt/encode_only/seams.py`.
+Official extension points that need no seam: the entry point group `sglang.multimodal_gen.plugins`,
+the component loader's registration by subclassing. The seam of `sglang generate` is in
+`cli/plugins_first.py`.
+"""
+
+from __future__ import annotations
+
+from sglang.srt.encode_only.seams import Seam
+
+DIFFUSION: tuple[Seam, ...] = (
+    Seam(
+        target="sglang.multimodal_gen.configs.pipeline_configs.base:PipelineConfig.add_cli_args",
+        kind="after",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.option:add_flag",
+        parameters=("parser", "prefix"),
+        process="diffusion",
+        reason="The flag --srt-encoders.",
+        upstream="the flag, there",
+    ),
+    Seam(
+        target="sglang.multimodal_gen.configs.pipeline_configs.base"
+        ":PipelineConfig.update_config_from_dict",
+        kind="before",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.option:take_from_arguments",
+        parameters=("self", "args", "prefix"),
+        process="diffusion",
+        reason="The option from the command line, a config file or Python keywords.",
+        upstream="a field `srt_encoders` of PipelineConfig",
+    ),
+    Seam(
+        target="sglang.multimodal_gen.configs.pipeline_configs.base"
+        ":PipelineConfig.update_pipeline_config",
+        kind="before",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.option:take_from_config",
+        parameters=("self", "source_pipeline_dict"),
+        process="diffusion",
+        reason="The option from the JSON of a pipeline config.",
+        upstream="nothing, with the field",
+    ),
+    Seam(
+        target="sglang.multimodal_gen.runtime.server_args.server_args"
+        ":ServerArgs._validate_pipeline",
+        kind="after",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.option:check",
+        parameters=("self",),
+        process="diffusion",
+        reason="A bad value ends the start, before anything is loaded.",
+        upstream="a call in ServerArgs._validate_pipeline",
+    ),
+    Seam(
+        target="sglang.multimodal_gen.runtime.loader.component_loaders.component_loader"
+        ":ComponentLoader._ensure_loaders_registered",
+        kind="after",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.plugin:register_loader",
+        parameters=("cls",),
+        process="diffusion",
+        reason="Stock imports the loaders of its own folder, where a checkout of ours is not.",
+        upstream="the branch for srt in TextEncoderLoader.load_customized",
+    ),
+)
+"""Installed in every process of the diffusion runtime that loads plugins."""

@@ -1,0 +1,108 @@
+"""The encode-only servers that encode for one component: their turns, and what they must serve."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Sequence
+
+import msgspec
+from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError
+from sglang.srt.encode_only.client import EncoderClient, EncoderUnavailable
+from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncoderInfo, RequestError
+
+API_KEY = "SGLANG_SRT_ENCODER_API_KEY"
+"""The environment variable that holds the servers' API key, where they have one."""
+
+
+class Expected(msgspec.Struct, frozen=True):
+    """What a pipeline's encoder folder holds, and a server has to serve in its place.
+
+    Attributes:
+        architecture: the class in its `config.json`, such as `T5EncoderModel`.
+        num_layers: number of blocks.
+        hidden_size: width of a hidden state.
+        vocab_size: token ids are below it.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+    def mismatch(self, info: EncoderInfo) -> str | None:
+        """How what a server serves differs from this, None if it does not."""
+        pairs = {
+            "architecture": (_family(info.architecture), _family(self.architecture)),
+            "num_layers": (info.num_layers, self.num_layers),
+            "hidden_size": (info.hidden_size, self.hidden_size),
+            "vocab_size": (info.vocab_size, self.vocab_size),
+        }
+        return (
+            ", ".join(
+                f"{name} {served} where the pipeline has {mine}"
+                for name, (served, mine) in pairs.items()
+                if served != mine
+            )
+            or None
+        )
+
+
+class EncodeServers:
+    """Encodes on one of several servers, each in its turn; the next takes over from one down.
+
+    Args:
+        component: the pipeline's component, for messages.
+        urls: the servers.
+        expected: what each has to serve. It is asked before every batch, because a server can be
+            started again with another model.
+        timeout: seconds that a server has for an answer.
+    """
+
+    def __init__(self, component: str, urls: Sequence[str], expected: Expected, timeout: float):
+        self.component = component
+        self.expected = expected
+        key = os.environ.get(API_KEY)
+        self._clients = [EncoderClient(url, api_key=key, timeout=timeout) for url in urls]
+        # Workers that start together do not all begin with the same server.
+        self._turns = itertools.count(random.randrange(len(urls)))
+
+    def __call__(self, inputs: list[EncodeInput]) -> list[EncodeOutput]:
+        """An output an input.
+
+        Raises:
+            EncoderError: no server answers, or one refuses, or one serves another model.
+        """
+        first = next(self._turns)
+        down = []
+        for i in range(len(self._clients)):
+            client = self._clients[(first + i) % len(self._clients)]
+            try:
+                self._check(client)
+                return client.encode_inputs(inputs)
+            except EncoderUnavailable as error:
+                down.append(str(error))
+            except RequestError as error:
+                if error.status != 429:
+                    raise self._error(
+                        f"The encoder at {client.base_url} refused: {error}"
+                    ) from error
+                down.append(f"The encoder at {client.base_url} is busy: {error}")
+        raise self._error(" ".join(down))
+
+    def _check(self, client: EncoderClient) -> None:
+        mismatch = self.expected.mismatch(client.info())
+        if mismatch is not None:
+            raise self._error(f"The encoder at {client.base_url} serves another model: {mismatch}.")
+
+    def _error(self, what: str) -> EncoderError:
+        return EncoderError(f"{self.component} on srt: {what}")
+
+
+def _family(architecture: str) -> str:
+    """What `T5EncoderModel` has in common with `T5ForConditionalGeneration`: their encoder."""
+    for kind in ("EncoderModel", "ForConditionalGeneration", "Model"):
+        if architecture.endswith(kind):
+            return architecture.removesuffix(kind)
+    return architecture

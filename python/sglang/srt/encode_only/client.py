@@ -1,0 +1,306 @@
+"""Clients of an encode-only server: texts or token ids in, tensors out.
+
+One class for threads and one for asyncio; what they say and how they take the answers is shared,
+and free of input and output. Bodies are in `wire.py`, sockets in `transport.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+import httpx
+import msgspec
+from sglang.srt.encode_only import wire
+from sglang.srt.encode_only.request import (
+    LAST_HIDDEN_STATE,
+    EncodeInput,
+    EncodeOutput,
+    EncoderInfo,
+    RequestError,
+)
+from sglang.srt.encode_only.transport import AsyncTransport, Transport
+
+Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+class EncoderUnavailable(ConnectionError):
+    """No encoder answered: nobody is there, it failed, or what is there is no encoder.
+
+    Attributes:
+        url: of the server.
+    """
+
+    def __init__(self, url: str, cause: str):
+        super().__init__(f"The encoder at {url} is unavailable: {cause}.")
+        self.url = url
+
+
+class EncoderClient:
+    """Calls the encode-only server at `base_url`. Threads may share one.
+
+    Args:
+        base_url: such as `http://127.0.0.1:30000`.
+        api_key: the server's `--api-key`, where it has one.
+        timeout: seconds to wait for the next piece of an answer, the time in its queue included.
+    """
+
+    def __init__(self, base_url: str, *, api_key: str | None = None, timeout: float = 300.0):
+        self.base_url = base_url
+        self._http = httpx.Client(
+            base_url=base_url,
+            headers=_headers(api_key),
+            timeout=_timeout(timeout),
+            transport=Transport(),
+        )
+
+    def info(self) -> EncoderInfo:
+        """What the encoder is.
+
+        Raises:
+            EncoderUnavailable: there is none.
+        """
+        return _read_info(self.base_url, *self._exchange("GET"))
+
+    def encode(
+        self,
+        input: Input,
+        *,
+        layers: Sequence[int] = (LAST_HIDDEN_STATE,),
+        pooled: bool = False,
+        attend: int | Sequence[int | None] | None = None,
+        skip: int = 0,
+        max_length: int | None = None,
+        truncate: bool = False,
+    ) -> list[EncodeOutput]:
+        """The hidden states of a text, of several, or of token ids; see docs/encode-only.md.
+
+        Returns:
+            An output an input. Its tensors are views of the answer, in the model's dtype.
+
+        Raises:
+            RequestError: the server refuses it, and says why.
+            EncoderUnavailable: there was no answer, or none of an encoder.
+        """
+        return self._encode(
+            wire.make_request(
+                input=input,
+                layers=layers,
+                pooled=pooled,
+                attend=attend,
+                skip=skip,
+                max_length=max_length,
+                truncate=truncate,
+            )
+        )
+
+    def encode_inputs(self, inputs: Sequence[EncodeInput]) -> list[EncodeOutput]:
+        """The same for tokenized inputs, of which each says what it wants; outputs in order."""
+        groups = _groups(inputs)
+        return _in_order(groups, [self._encode(request) for request, _ in groups])
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> EncoderClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _encode(self, request: wire.EncodeRequest) -> list[EncodeOutput]:
+        body = wire.write_request(request)
+        return _read_outputs(self.base_url, request, *self._exchange("POST", body))
+
+    def _exchange(self, method: str, body: bytes | None = None) -> tuple[httpx.Response, bytes]:
+        with (
+            _unavailable(self.base_url),
+            self._http.stream(method, wire.ROUTE, content=body) as response,
+        ):
+            return response, next(response.iter_raw(), b"")
+
+
+class AsyncEncoderClient:
+    """`EncoderClient` for asyncio, with the same arguments, answers and errors.
+
+    Cancelling a call closes its connection, at which the server drops the request.
+    """
+
+    def __init__(self, base_url: str, *, api_key: str | None = None, timeout: float = 300.0):
+        self.base_url = base_url
+        self._http = httpx.AsyncClient(
+            base_url=base_url,
+            headers=_headers(api_key),
+            timeout=_timeout(timeout),
+            transport=AsyncTransport(),
+        )
+
+    async def info(self) -> EncoderInfo:
+        """As `EncoderClient.info`."""
+        return _read_info(self.base_url, *await self._exchange("GET"))
+
+    async def encode(
+        self,
+        input: Input,
+        *,
+        layers: Sequence[int] = (LAST_HIDDEN_STATE,),
+        pooled: bool = False,
+        attend: int | Sequence[int | None] | None = None,
+        skip: int = 0,
+        max_length: int | None = None,
+        truncate: bool = False,
+    ) -> list[EncodeOutput]:
+        """As `EncoderClient.encode`."""
+        return await self._encode(
+            wire.make_request(
+                input=input,
+                layers=layers,
+                pooled=pooled,
+                attend=attend,
+                skip=skip,
+                max_length=max_length,
+                truncate=truncate,
+            )
+        )
+
+    async def encode_inputs(self, inputs: Sequence[EncodeInput]) -> list[EncodeOutput]:
+        """As `EncoderClient.encode_inputs`."""
+        groups = _groups(inputs)
+        return _in_order(groups, [await self._encode(request) for request, _ in groups])
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> AsyncEncoderClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _encode(self, request: wire.EncodeRequest) -> list[EncodeOutput]:
+        body = wire.write_request(request)
+        return _read_outputs(self.base_url, request, *await self._exchange("POST", body))
+
+    async def _exchange(
+        self, method: str, body: bytes | None = None
+    ) -> tuple[httpx.Response, bytes]:
+        with _unavailable(self.base_url):
+            async with self._http.stream(method, wire.ROUTE, content=body) as response:
+                return response, await anext(response.aiter_raw(), b"")
+
+
+Group = tuple[wire.EncodeRequest, list[int]]
+
+
+def _groups(inputs: Sequence[EncodeInput]) -> list[Group]:
+    """One request for all inputs that may share it, with the places of those inputs."""
+    places: dict[tuple[object, ...], list[int]] = {}
+    for i, one in enumerate(inputs):
+        key = (tuple(one.spec.layers), one.spec.pooled, one.spec.skip)
+        places.setdefault(key, []).append(i)
+    return [
+        (wire.EncodeRequest.from_inputs([inputs[i] for i in group]), group)
+        for group in places.values()
+    ]
+
+
+def _in_order(groups: list[Group], answers: list[list[EncodeOutput]]) -> list[EncodeOutput]:
+    by_place = {
+        place: output
+        for (_, places), outputs in zip(groups, answers, strict=True)
+        for place, output in zip(places, outputs, strict=True)
+    }
+    return [by_place[i] for i in range(len(by_place))]
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    headers = {"Accept-Encoding": "identity", "Content-Type": wire.JSON}
+    return headers | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+
+
+def _timeout(seconds: float) -> httpx.Timeout:
+    return httpx.Timeout(seconds, connect=min(seconds, 10.0))
+
+
+@contextlib.contextmanager
+def _unavailable(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise EncoderUnavailable(url, f"{type(error).__name__}: {error}") from error
+
+
+def _check_status(url: str, response: httpx.Response, body: bytes) -> None:
+    status = response.status_code
+    if status == 200:
+        return
+    if status in (401, 403):
+        raise RequestError(
+            f"The encoder at {url} answered {status}: it asks for its API key; give `api_key`.",
+            status=status,
+        )
+    error = wire.read_error(body)
+    if error is not None and 400 <= status < 500 and status not in (404, 405):
+        raise error
+    said = str(error) if error is not None else repr(bytes(body[:200]))
+    raise EncoderUnavailable(
+        url,
+        f"it answered {status}, {said}; start it with --is-embedding-encoder"
+        if status in (404, 405)
+        else f"it answered {status}, {said}",
+    )
+
+
+def _read_info(url: str, response: httpx.Response, body: bytes) -> EncoderInfo:
+    _check_status(url, response, body)
+    try:
+        return msgspec.json.decode(body, type=EncoderInfo)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise EncoderUnavailable(url, f"its answer is not an encoder's: {error}") from error
+
+
+def _read_outputs(
+    url: str, request: wire.EncodeRequest, response: httpx.Response, body: bytes
+) -> list[EncodeOutput]:
+    _check_status(url, response, body)
+    media_type = response.headers.get("Content-Type", "nothing")
+    if media_type != wire.SAFETENSORS:
+        raise EncoderUnavailable(url, f"it answered {media_type}, not {wire.SAFETENSORS}")
+    try:
+        outputs = wire.read_answer(body, media_type)
+        _check_outputs(request, outputs)
+    except ValueError as error:
+        raise EncoderUnavailable(url, f"its answer is not what was asked: {error}") from error
+    return outputs
+
+
+def _check_outputs(request: wire.EncodeRequest, outputs: Sequence[EncodeOutput]) -> None:
+    """Raises ValueError where `outputs` are not the answer to `request`."""
+    inputs = request.rows()
+    if len(outputs) != len(inputs):
+        raise ValueError(f"{len(outputs)} outputs for {len(inputs)} inputs")
+    widths = {states.shape[-1] for o in outputs for states in o.hidden_states.values()}
+    if len(widths) > 1:
+        raise ValueError(f"hidden states of widths {sorted(widths)}")
+    for i, (one, output) in enumerate(zip(inputs, outputs, strict=True)):
+        if not isinstance(one, str) and output.prompt_tokens != len(one):
+            raise ValueError(f"input {i} has {len(one)} tokens, not {output.prompt_tokens}")
+        if set(output.hidden_states) != set(request.layers):
+            raise ValueError(f"output {i} has the layers {list(output.hidden_states)}")
+        rows = output.prompt_tokens - request.skip
+        for layer, states in output.hidden_states.items():
+            if states.dim() != 2 or len(states) != rows:
+                raise ValueError(f"layer {layer} of output {i} is {list(states.shape)}")
+        if (output.pooled is not None) != request.pooled:
+            raise ValueError(f"output {i} has {'no' if request.pooled else 'a'} pooled vector")

@@ -1,0 +1,184 @@
+"""An encoder inside the calling process: an srt model with srt's runtime context around it.
+
+For a host that runs models itself, such as a diffusion worker, and for tests. There is no
+scheduler, tokenizer, server, process group or KV pool; the same model class and attention backend
+run as in a server. Whatever the host has set up of srt or torch.distributed is neither used nor
+changed: each encoder has a context of its own, in which it is the only rank.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.configs.device_config import DeviceConfig
+from sglang.srt.configs.load_config import LoadConfig
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.encode_only.encoders import ENCODERS
+from sglang.srt.encode_only.forward_mode import encode_only_mode
+from sglang.srt.encode_only.outputs import unpack
+from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncoderInfo, RequestError
+from sglang.srt.encode_only.server_args import ATTENTION_BACKEND, ServerArgs, max_length_of
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.model_loader import get_model
+from sglang.srt.plugins import load_plugins
+from sglang.srt.runtime_context import SpawnRanks, create_context, get_device, use_context
+
+# srt keeps the context in use in globals of the process.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+class InProcessEncoder:
+    """Encodes on one device of this process. Encoders of several models may be open at once, and
+    threads may share one: forward passes run one after another.
+
+    Args:
+        model_path: the checkpoint's folder.
+        dtype: of the model and of what it gives back, such as `bfloat16`; the checkpoint's by
+            default.
+        device: where it runs; by default where srt would.
+        max_tokens: most tokens of a forward pass; an input that is longer runs alone.
+        server_args: further arguments of srt's ServerArgs.
+
+    Raises:
+        ValueError: the model is no encoder, a weight is missing, or the arguments contradict one
+            another.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        max_tokens: int = 8192,
+        **server_args: Any,
+    ):
+        load_plugins()
+        place = None if device is None else torch.device(device)
+        args = ServerArgs(
+            model_path=model_path,
+            dtype=str(dtype).removeprefix("torch."),
+            device=None if place is None else place.type,
+            is_embedding_encoder=True,
+            skip_tokenizer_init=True,
+            max_prefill_tokens=max_tokens,
+            **server_args,
+        )
+        self.max_tokens = max_tokens
+        with _ONE_AT_A_TIME:
+            gpu_id = 0 if place is None or place.index is None else place.index
+            ranks = SpawnRanks(world_rank=0, gpu_id=gpu_id)
+            self._context = create_context(args, role="scheduler", ranks=ranks)
+            with use_context(self._context) as context:
+                self.device = torch.device(get_device().device) if place is None else place
+                context.parallel.override_permanently(
+                    tp_group=SimpleNamespace(world_size=1, rank_in_group=0)
+                )
+                self.model_config = ModelConfig.from_server_args(args)
+                self._model: Any = get_model(
+                    model_config=self.model_config,
+                    load_config=LoadConfig(
+                        load_format=args.load_format,
+                        model_loader_extra_config=args.model_loader_extra_config,
+                    ),
+                    device_config=DeviceConfig(self.device.type, gpu_id),
+                )
+                # Of a model runner it reads the device and the model's config.
+                self._attention = ATTENTION_BACKENDS[ATTENTION_BACKEND](self)
+        config = self.model_config
+        architecture = config.hf_config.architectures[0]
+        self.info = EncoderInfo(
+            model=model_path,
+            architecture=architecture,
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            max_length=max_length_of(config.context_len),
+            dtype=str(config.dtype).removeprefix("torch."),
+            causal=ENCODERS[architecture].causal,
+        )
+
+    def encode(self, inputs: Sequence[EncodeInput]) -> list[EncodeOutput]:
+        """The answer for each input, in their order, with tensors on the encoder's device.
+
+        Raises:
+            RequestError: the encoder cannot take an input; says which and why.
+            ValueError: the encoder is closed.
+        """
+        for i, one in enumerate(inputs):
+            try:
+                one.check(self.info)
+            except RequestError as error:
+                raise RequestError(f"Input {i}: {error}", param=error.param) from None
+        outputs: list[EncodeOutput] = []
+        with _ONE_AT_A_TIME, use_context(self._context), torch.no_grad():
+            for batch in self._batches(inputs):
+                outputs += self._run(batch)
+        return outputs
+
+    def close(self) -> None:
+        """Gives back the memory of the model. A second call does nothing."""
+        with _ONE_AT_A_TIME:
+            self._model = self._attention = None
+
+    def _batches(self, inputs: Sequence[EncodeInput]) -> Iterator[list[EncodeInput]]:
+        """Splits `inputs`, in order, by the token budget."""
+        batch: list[EncodeInput] = []
+        tokens = 0
+        for one in inputs:
+            tokens += len(one.token_ids)
+            if batch and tokens > self.max_tokens:
+                yield batch
+                batch, tokens = [], len(one.token_ids)
+            batch.append(one)
+        if batch:
+            yield batch
+
+    def _run(self, batch: list[EncodeInput]) -> list[EncodeOutput]:
+        if self._model is None or self._attention is None:
+            raise ValueError(f"The encoder of {self.info.model} is closed.")
+        packed = pack(batch, self.device)
+        self._attention.init_forward_metadata(packed)
+        with forward_context(ForwardContext(self._attention), forward_batch=packed):
+            states = self._model(
+                packed.input_ids, packed.positions, packed, get_embedding=True
+            ).pooled_hidden_states
+        outputs = []
+        for one, flat in zip(batch, states, strict=True):
+            length = len(one.token_ids)
+            hidden_states, pooled = unpack(flat, one.spec, length, self.info.hidden_size)
+            outputs.append(EncodeOutput(hidden_states, pooled, prompt_tokens=length))
+        return outputs
+
+
+def pack(batch: Sequence[EncodeInput], device: torch.device) -> ForwardBatch:
+    """The inputs end to end, as srt's scheduler would hand them to a model runner."""
+    lengths = [len(one.token_ids) for one in batch]
+    tokens = sum(lengths)
+    seq_lens = torch.tensor(lengths, device=device)
+    zeros = torch.zeros_like(seq_lens)
+    packed = ForwardBatch(
+        forward_mode=encode_only_mode(),
+        batch_size=len(batch),
+        input_ids=torch.tensor([i for one in batch for i in one.token_ids], device=device),
+        req_pool_indices=zeros,
+        seq_lens=seq_lens,
+        seq_lens_sum=tokens,
+        # No KV cache is read or written, so that any slot will do.
+        out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=device),
+        positions=torch.cat([torch.arange(n, device=device) for n in lengths]),
+        extend_num_tokens=tokens,
+        extend_seq_lens=seq_lens.int(),
+        extend_seq_lens_cpu=lengths,
+        extend_prefix_lens=zeros.int(),
+        extend_prefix_lens_cpu=[0] * len(batch),
+        extend_start_loc=(seq_lens.cumsum(0) - seq_lens).int(),
+    )
+    packed.encode_specs = [one.spec for one in batch]  # type: ignore[attr-defined]
+    return packed

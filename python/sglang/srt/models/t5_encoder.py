@@ -1,0 +1,428 @@
+"""The encoders of T5, MT5 and UMT5, and of their encoder-decoder checkpoints.
+
+A block is self-attention and a feed-forward layer, each behind a norm that only scales; there are
+no biases but one: attention scores, which are not divided by anything, get a learned value for the
+distance between two tokens. T5 and MT5 share block 0's table of them, UMT5 has one in every block.
+
+What flows between blocks is float32 whatever the model's dtype: T5's hidden states outgrow
+float16, and rounding them twice a block is most of the error of a bfloat16 forward pass.
+
+Source: T5EncoderModel, MT5EncoderModel and UMT5EncoderModel of transformers; arXiv 1910.10683.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.encode_only.outputs import LayerCapture
+from sglang.srt.encode_only.request import LAST_HIDDEN_STATE
+from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
+from sglang.srt.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from sglang.srt.layers.pooler import EmbeddingPoolerOutput
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_loader.weight_utils import default_weight_loader
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import add_prefix
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+logger = logging.getLogger(__name__)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products with weights are computed in, and weights held in, for a model of `dtype`.
+
+    A CPU without instructions for half precision multiplies it several times slower than float32.
+    """
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if torch.get_default_device().type == "cpu" and dtype in native and not native[dtype]():
+        return torch.float32
+    return dtype
+
+
+def within_range(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in `dtype`; what is beyond the range of float16 becomes its largest number."""
+    if dtype == torch.float16:
+        limit = torch.finfo(dtype).max
+        x = x.clamp(-limit, limit)
+    return x.to(dtype)
+
+
+class T5LayerNorm(nn.Module):
+    """Scales each row to a mean square of 1, then each column by a weight; float32 inside.
+
+    Args:
+        dtype: of the result.
+    """
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(config.d_model, dtype=torch.float32), requires_grad=False
+        )
+        self.eps = config.layer_norm_epsilon
+        self.dtype = dtype
+
+    def forward(self, x_th: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x_th, self.weight.shape, self.weight, self.eps).to(self.dtype)
+
+
+class T5Attention(nn.Module):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        position_bias: RelativePositionBias,
+        layer_id: int,
+        dtype: torch.dtype,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ):
+        super().__init__()
+        self.qkv = QKVParallelLinear(
+            config.d_model,
+            config.d_kv,
+            config.num_heads,
+            bias=False,
+            params_dtype=dtype,
+            quant_config=quant_config,
+            prefix=add_prefix("qkv", prefix),
+        )
+        self.position_bias = position_bias
+        self.attn = RadixAttention(
+            self.qkv.num_heads,
+            config.d_kv,
+            scaling=1.0,
+            num_kv_heads=self.qkv.num_heads,
+            layer_id=layer_id,
+            attn_type=AttentionType.ENCODER_ONLY,
+            prefix=add_prefix("attn", prefix),
+        )
+        self.o = RowParallelLinear(
+            config.num_heads * config.d_kv,
+            config.d_model,
+            bias=False,
+            params_dtype=dtype,
+            quant_config=quant_config,
+            prefix=add_prefix("o", prefix),
+        )
+
+    def forward(self, x_th: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        qkv, _ = self.qkv(x_th)
+        q, k, v = qkv.chunk(3, dim=-1)
+        o = self.attn(q, k, v, forward_batch, save_kv_cache=False, position_bias=self.position_bias)
+        o, _ = self.o(o)
+        return within_range(o, o.dtype)
+
+
+class T5FeedForward(nn.Module):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ):
+        super().__init__()
+        self.gated = config.is_gated_act
+        if self.gated:
+            self.wi = MergedColumnParallelLinear(
+                config.d_model,
+                [config.d_ff, config.d_ff],
+                bias=False,
+                params_dtype=dtype,
+                quant_config=quant_config,
+                prefix=add_prefix("wi", prefix),
+            )
+        else:
+            self.wi = ColumnParallelLinear(
+                config.d_model,
+                config.d_ff,
+                bias=False,
+                params_dtype=dtype,
+                quant_config=quant_config,
+                prefix=add_prefix("wi", prefix),
+            )
+        # This product is where T5 outgrows float16; the reference keeps it in float32 too.
+        keep_fp32 = dtype == torch.float16 and quant_config is None
+        self.wo_dtype = torch.float32 if keep_fp32 else dtype
+        self.wo = RowParallelLinear(
+            config.d_ff,
+            config.d_model,
+            bias=False,
+            params_dtype=self.wo_dtype,
+            quant_config=quant_config,
+            prefix=add_prefix("wo", prefix),
+        )
+        if config.dense_act_fn in ("gelu_new", "gelu_fast", "gelu_python_tanh"):
+            # The same formula as a chain of elementwise operations in transformers.
+            self.act = nn.GELU(approximate="tanh")
+        else:
+            self.act = ACT2FN[config.dense_act_fn].to(self.wo_dtype)
+
+    def forward(self, x_th: torch.Tensor) -> torch.Tensor:
+        h, _ = self.wi(x_th)
+        h = h.to(self.wo_dtype)
+        if self.gated:
+            gate, h = h.chunk(2, dim=-1)
+            h = self.act(gate) * h
+        else:
+            h = self.act(h)
+        return self.wo(h)[0]
+
+
+class T5Block(nn.Module):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        position_bias: RelativePositionBias,
+        layer_id: int,
+        dtype: torch.dtype,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ):
+        super().__init__()
+        self.attention_norm = T5LayerNorm(config, dtype)
+        self.attention = T5Attention(
+            config,
+            position_bias,
+            layer_id,
+            dtype,
+            quant_config,
+            add_prefix("layer.0.SelfAttention", prefix),
+        )
+        self.feed_forward_norm = T5LayerNorm(config, dtype)
+        self.feed_forward = T5FeedForward(
+            config, dtype, quant_config, add_prefix("layer.1.DenseReluDense", prefix)
+        )
+
+    def forward(self, x_th: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        x_th = x_th + self.attention(self.attention_norm(x_th), forward_batch)
+        return x_th + self.feed_forward(self.feed_forward_norm(x_th))
+
+
+class Destination(NamedTuple):
+    """Where a weight of the checkpoint goes.
+
+    Attributes:
+        module: the module that holds it, maybe among others.
+        shape: what it has in the checkpoint.
+        shard: which part of a fused parameter it is.
+    """
+
+    module: nn.Module
+    shape: tuple[int, ...]
+    shard: str | int | None = None
+
+
+class T5EncoderModel(nn.Module):
+    """T5's encoder; its hidden states are `[tokens, d_model]` in the model's dtype.
+
+    Raises:
+        ValueError: the heads or the feed-forward width cannot be split between the ranks.
+    """
+
+    bias_in_every_block = False
+    packed_modules_mapping = {"qkv": ["q", "k", "v"], "wi": ["wi_0", "wi_1"]}  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ):
+        super().__init__()
+        tp_size = get_parallel().tp_size
+        for field in ("num_heads", "d_ff"):
+            if getattr(config, field) % tp_size:
+                raise ValueError(
+                    f"{field} is {getattr(config, field)}, which --tp-size {tp_size} does not "
+                    "divide; give a size that does."
+                )
+        self.config = config
+        self.quant_config = quant_config
+        self.dtype = torch.get_default_dtype()
+        dtype = product_dtype(self.dtype) if quant_config is None else self.dtype
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList()
+        position_bias = None
+        for i in range(config.num_layers):
+            if position_bias is None or self.bias_in_every_block:
+                position_bias = RelativePositionBias(
+                    config.relative_attention_num_buckets,
+                    config.relative_attention_max_distance,
+                    config.num_heads,
+                )
+            block_prefix = add_prefix(f"encoder.block.{i}", prefix)
+            self.blocks.append(T5Block(config, position_bias, i, dtype, quant_config, block_prefix))
+        self.final_norm = T5LayerNorm(config, torch.float32)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
+        get_embedding: bool = True,
+    ) -> EmbeddingPoolerOutput:
+        capture = LayerCapture(forward_batch, self.config.num_layers)
+
+        def offer(layer: int, x_th: torch.Tensor) -> None:
+            if capture.wants(layer):
+                capture.offer(layer, within_range(x_th, self.dtype))
+
+        x_th = (self.embed_tokens(input_ids) if input_embeds is None else input_embeds).float()
+        offer(0, x_th)
+        for layer, block in enumerate(self.blocks[: capture.last_block], start=1):
+            x_th = block(x_th, forward_batch)
+            if layer < len(self.blocks):
+                offer(layer, x_th)
+        if capture.last_block == len(self.blocks):
+            x_th = self.final_norm(x_th)
+            offer(len(self.blocks), x_th)
+            offer(LAST_HIDDEN_STATE, x_th)
+        return capture.finish()
+
+    def _destinations(self) -> dict[str, Destination]:
+        """By the name of the weight in the checkpoint."""
+        config = self.config
+        hidden, inner = config.d_model, config.num_heads * config.d_kv
+        to = {
+            "encoder.embed_tokens.weight": Destination(
+                self.embed_tokens, (config.vocab_size, hidden)
+            ),
+            "encoder.final_layer_norm.weight": Destination(self.final_norm, (hidden,)),
+        }
+        for i, block in enumerate(self.blocks):
+            attention, feed_forward = block.attention, block.feed_forward
+            first, second = (f"encoder.block.{i}.layer.{half}" for half in (0, 1))
+            to[f"{first}.layer_norm.weight"] = Destination(block.attention_norm, (hidden,))
+            to[f"{second}.layer_norm.weight"] = Destination(block.feed_forward_norm, (hidden,))
+            for x in "qkv":
+                name = f"{first}.SelfAttention.{x}.weight"
+                to[name] = Destination(attention.qkv, (inner, hidden), x)
+            to[f"{first}.SelfAttention.o.weight"] = Destination(attention.o, (hidden, inner))
+            if i == 0 or self.bias_in_every_block:
+                bias = attention.position_bias
+                to[f"{first}.SelfAttention.relative_attention_bias.weight"] = Destination(
+                    bias, (bias.num_buckets, config.num_heads)
+                )
+            for shard, x in enumerate(("wi_0", "wi_1")) if feed_forward.gated else ((None, "wi"),):
+                name = f"{second}.DenseReluDense.{x}.weight"
+                to[name] = Destination(feed_forward.wi, (config.d_ff, hidden), shard)
+            name = f"{second}.DenseReluDense.wo.weight"
+            to[name] = Destination(feed_forward.wo, (hidden, config.d_ff))
+            for x, param in feed_forward.act.named_parameters():
+                name = f"{second}.DenseReluDense.act.{x}"
+                to[name] = Destination(feed_forward.act, tuple(param.shape))
+        return to
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Takes the encoder's weights by their names in transformers, and counts the others.
+
+        Raises:
+            ValueError: a weight is missing or has another shape than the config describes.
+        """
+        destinations = self._destinations()
+        missing = set(destinations)
+        unused: collections.Counter[str] = collections.Counter()
+        for name, tensor in weights:
+            target = name
+            if name == "shared.weight" and "encoder.embed_tokens.weight" in missing:
+                # The encoder's own embedding, should the checkpoint have both, replaces it.
+                target = "encoder.embed_tokens.weight"
+            module, _, parameter = target.rpartition(".")
+            if self.quant_config is not None and target not in destinations:
+                # Scales and packed weights lie beside what they quantize.
+                target = f"{module}.weight"
+            to = destinations.get(target)
+            param = getattr(to.module, parameter, None) if to else None
+            if to is None or param is None:
+                unused[name.partition(".")[0]] += 1
+                continue
+            if self.quant_config is None and tuple(tensor.shape) != to.shape:
+                raise ValueError(
+                    f"{name} is {list(tensor.shape)} in the checkpoint, but its config.json "
+                    f"describes {list(to.shape)}."
+                )
+            loader = getattr(param, "weight_loader", default_weight_loader)
+            loader(param, tensor, *(() if to.shard is None else (to.shard,)))
+            missing.discard(target)
+        if missing:
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} weights of the encoder that its config.json "
+                f"describes: {', '.join(sorted(missing)[:8])}{' ...' if len(missing) > 8 else ''}."
+            )
+        logger.info(
+            "Loaded %d weights of the encoder; skipped %d that it does not use%s.",
+            len(destinations),
+            unused.total(),
+            "".join(f", {count} of {part}" for part, count in unused.items()),
+        )
+
+
+class MT5EncoderModel(T5EncoderModel):
+    """T5 by another name."""
+
+
+class UMT5EncoderModel(T5EncoderModel):
+    """T5 with a table of position biases in every block."""
+
+    bias_in_every_block = True
+
+
+class T5ForConditionalGeneration(T5EncoderModel):
+    """The encoder of a checkpoint with a decoder and a head."""
+
+
+class MT5ForConditionalGeneration(MT5EncoderModel):
+    """The encoder of a checkpoint with a decoder and a head."""
+
+
+class UMT5ForConditionalGeneration(UMT5EncoderModel):
+    """The encoder of a checkpoint with a decoder and a head."""
+
+
+class T5Model(T5EncoderModel):
+    """The encoder of a checkpoint with a decoder."""
+
+
+class MT5Model(MT5EncoderModel):
+    """The encoder of a checkpoint with a decoder."""
+
+
+class UMT5Model(UMT5EncoderModel):
+    """The encoder of a checkpoint with a decoder."""
+
+
+EntryClass = [
+    T5EncoderModel,
+    MT5EncoderModel,
+    UMT5EncoderModel,
+    T5ForConditionalGeneration,
+    MT5ForConditionalGeneration,
+    UMT5ForConditionalGeneration,
+    T5Model,
+    MT5Model,
+    UMT5Model,
+]

@@ -1,0 +1,73 @@
+"""What tests share: tiny checkpoints, and servers that are started once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from sglang.srt.encode_only.local_server import LocalServer
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+import tiny_tokenizers
+from server_control import API_KEY, QUEUE
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 of three layers with random weights, in fp32, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("t5")
+    vocab_size = tiny_tokenizers.write_t5_tokenizer(folder, vocab_size=600)
+    torch.manual_seed(5)
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_heads=4,
+        num_layers=3,
+        feed_forward_proj="gated-gelu",
+    )
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def t5_tokenizer(t5_folder: Path):
+    return AutoTokenizer.from_pretrained(t5_folder)
+
+
+@pytest.fixture(scope="session")
+def t5_reference(t5_folder: Path):
+    """All hidden states of one input, by transformers, with all or the leading tokens as keys."""
+    model = T5EncoderModel.from_pretrained(t5_folder, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def hidden_states(ids: list[int], attend: int | None = None) -> list[torch.Tensor]:
+        mask = torch.zeros(1, len(ids), dtype=torch.long)
+        mask[:, : attend or len(ids)] = 1
+        out = model(torch.tensor([ids]), attention_mask=mask, output_hidden_states=True)
+        return [states[0] for states in out.hidden_states]
+
+    return hidden_states
+
+
+@pytest.fixture(scope="session")
+def t5_server(t5_folder: Path) -> Iterator[LocalServer]:
+    with LocalServer(t5_folder, "--device", "cpu", "--enable-metrics") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def two_worker_server(t5_folder: Path) -> Iterator[LocalServer]:
+    with LocalServer(t5_folder, "--device", "cpu", "--tokenizer-worker-num", "2") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def guarded_server(t5_folder: Path) -> Iterator[LocalServer]:
+    """With a key, and a queue of `QUEUE` inputs. Tests may kill it; `restart` it then."""
+    arguments = ("--device", "cpu", "--api-key", API_KEY, "--max-queued-requests", str(QUEUE))
+    with LocalServer(t5_folder, *arguments) as server:
+        yield server

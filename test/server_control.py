@@ -1,0 +1,39 @@
+"""What tests know of the servers they share, and what they do to them from outside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import httpx
+import psutil
+from sglang.srt.encode_only.local_server import LocalServer
+
+API_KEY = "open sesame"
+"""Of `guarded_server`."""
+QUEUE = 4
+"""Most inputs that wait at `guarded_server`."""
+
+
+@contextlib.contextmanager
+def frozen_scheduler(server: LocalServer) -> Iterator[None]:
+    """While this holds, requests reach the server and none is answered."""
+    assert server.process is not None
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    schedulers = [child for child in children if "scheduler" in " ".join(child.cmdline())]
+    assert schedulers, [child.cmdline() for child in children]
+    for scheduler in schedulers:
+        scheduler.suspend()
+    try:
+        yield
+    finally:
+        for scheduler in schedulers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                scheduler.resume()
+
+
+def metric(server: LocalServer, name: str) -> float:
+    """A metric of `/metrics`, summed over its labels."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    values = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)]
+    return sum(values)
