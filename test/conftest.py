@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from sglang.srt.encode_only.local_server import LocalServer
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 import tiny_tokenizers
 from server_control import API_KEY, QUEUE
@@ -70,4 +76,31 @@ def guarded_server(t5_folder: Path) -> Iterator[LocalServer]:
     """With a key, and a queue of `QUEUE` inputs. Tests may kill it; `restart` it then."""
     arguments = ("--device", "cpu", "--api-key", API_KEY, "--max-queued-requests", str(QUEUE))
     with LocalServer(t5_folder, *arguments) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    vocab_size = tiny_tokenizers.write_t5_tokenizer(folder, vocab_size=600)
+    torch.manual_seed(6)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_server(llama_folder: Path) -> Iterator[LocalServer]:
+    """A stock server that generates, on the portable CPU platform."""
+    with LocalServer(llama_folder, "--device", "cpu", encoder=False) as server:
         yield server

@@ -31,6 +31,19 @@ print("ATTENTION", "encode_only" in __import__(
     "sglang.srt.layers.attention.attention_registry", fromlist=["x"]).ATTENTION_BACKENDS)
 """
 
+SCHEDULER_PROCESS = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.encode_only.plugin import enter_scheduler
+enter_scheduler()
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.plugins.hook_registry import HookRegistry
+print("PATCHED", *sorted(HookRegistry._patched))
+print("ATTENTION", "encode_only" in ATTENTION_BACKENDS)
+print("MODE", ForwardMode["ENCODE_ONLY"].name, ForwardMode["ENCODE_ONLY"].is_extend())
+"""
+
 
 def run_python(code: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -55,13 +68,19 @@ def test_a_stock_server_has_no_hook_of_ours_on_its_request_path(llama_folder: Pa
     assert found["ATTENTION"] == ["False"]
 
 
-def test_encode_only_mode_installs_every_seam(t5_folder: Path):
+def test_encode_only_mode_installs_the_seams_of_the_process(t5_folder: Path):
     found = lines(
         run_python(STOCK_PROCESS, "--model-path", str(t5_folder), "--is-embedding-encoder")
     )
-    assert set(found["PATCHED"]) == {seam.path for seam in (*seams.ALWAYS, *seams.ENCODE_ONLY)}
+    here = {seam.path for seam in seams.ENCODE_ONLY if seam.process == "server"}
+    assert set(found["PATCHED"]) == here | {seam.path for seam in seams.ALWAYS}
     assert "/v1/encode" in found["ROUTES"]
+
+    found = lines(run_python(SCHEDULER_PROCESS))
+    there = {seam.path for seam in seams.ENCODE_ONLY if seam.process == "scheduler"}
+    assert set(found["PATCHED"]) == there | {seam.path for seam in seams.ALWAYS}
     assert found["ATTENTION"] == ["True"]
+    assert found["MODE"] == ["ENCODE_ONLY", "True"]
 
 
 def test_every_seam_says_what_it_is_for():

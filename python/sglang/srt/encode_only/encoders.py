@@ -5,9 +5,14 @@ To add an encoder: a model class in `sglang/srt/models/` and an entry here.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
+import types
+from collections.abc import Iterator
 
 import msgspec
+from sglang.srt.environ import envs
 
 
 class Encoder(msgspec.Struct, frozen=True):
@@ -41,9 +46,31 @@ def find_encoder(architectures: list[str] | None) -> Encoder | None:
 
 
 def register_models() -> None:
-    """Puts the model classes into srt's registry, so that srt need not import all that it has."""
-    from sglang.srt.models.registry import ModelRegistry
+    """Puts the model classes into srt's registry."""
+    with _no_scan():
+        from sglang.srt.models.registry import ModelRegistry
 
     for architecture, encoder in ENCODERS.items():
         module = importlib.import_module(encoder.module)
         ModelRegistry.models[architecture] = getattr(module, architecture)
+
+
+@contextlib.contextmanager
+def _no_scan() -> Iterator[None]:
+    """Keeps srt's registry from importing every model that srt has, when it is first imported.
+
+    That takes seconds and 70 MB. The registry puts it off, until a model is asked for that it does
+    not know, where a package of models is named; an empty one will do.
+    """
+    if envs.SGLANG_EXTERNAL_MODEL_PACKAGE.get():
+        yield
+        return
+    name = f"{__name__}.none"
+    package = types.ModuleType(name)
+    package.__path__ = []
+    sys.modules[name] = package
+    try:
+        with envs.SGLANG_EXTERNAL_MODEL_PACKAGE.override(name):
+            yield
+    finally:
+        del sys.modules[name]

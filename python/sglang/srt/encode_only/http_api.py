@@ -17,9 +17,10 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from sglang.srt.encode_only import wire
 from sglang.srt.encode_only.request import RequestError
-from sglang.srt.encode_only.service import EncodeService, service_of
+from sglang.srt.encode_only.service import EncodeService, no_generation, service_of
 from sglang.srt.entrypoints.http_server import get_global_state
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
@@ -29,12 +30,25 @@ _REQUEST_BODY = {
     "required": True,
     "content": {wire.JSON: {"schema": msgspec.json.schema(wire.EncodeRequest)}},
 }
+_GENERATING = (
+    "/generate",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/api/generate",
+    "/api/chat",
+    "/invocations",
+    "/vertex_generate",
+)
 
 
 @functools.cache
 def install(app: FastAPI) -> None:
-    """Puts the route on srt's application; a second call does nothing."""
+    """Puts our routes on srt's application; a second call does nothing."""
     app.include_router(router)
+    # In front of srt's own: a stream's error would follow a status of 200.
+    app.router.routes[:0] = [Route(path, generate, methods=["POST", "PUT"]) for path in _GENERATING]
 
 
 def shape_refusals(_: Any, app: FastAPI, **keys: str | None) -> None:
@@ -75,6 +89,11 @@ async def other_method(request: Request) -> Response:
     )
     refusal.headers["Allow"] = "GET, POST"
     return refusal
+
+
+async def generate(request: Request) -> Response:
+    """Stands for every route that would generate."""
+    return _refusal(RequestError(no_generation(_service().info.model)))
 
 
 async def _answer(body: bytearray, request: Request) -> Response:

@@ -17,13 +17,13 @@ import torch
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.encode_only.batch import ForwardBatch
 from sglang.srt.encode_only.encoders import ENCODERS
 from sglang.srt.encode_only.forward_mode import encode_only_mode
 from sglang.srt.encode_only.outputs import unpack
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncoderInfo, RequestError
-from sglang.srt.encode_only.server_args import ATTENTION_BACKEND, ServerArgs, max_length_of
-from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.encode_only.server_args import ServerArgs, max_length_of
+from sglang.srt.layers.attention.encode_only.sdpa import create_encode_only_backend
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.model_loader import get_model
 from sglang.srt.plugins import load_plugins
@@ -90,7 +90,7 @@ class InProcessEncoder:
                     device_config=DeviceConfig(self.device.type, gpu_id),
                 )
                 # Of a model runner it reads the device and the model's config.
-                self._attention = ATTENTION_BACKENDS[ATTENTION_BACKEND](self)
+                self._attention = create_encode_only_backend(self)
         config = self.model_config
         architecture = config.hf_config.architectures[0]
         self.info = EncoderInfo(
@@ -163,7 +163,7 @@ def pack(batch: Sequence[EncodeInput], device: torch.device) -> ForwardBatch:
     tokens = sum(lengths)
     seq_lens = torch.tensor(lengths, device=device)
     zeros = torch.zeros_like(seq_lens)
-    packed = ForwardBatch(
+    return ForwardBatch(
         forward_mode=encode_only_mode(),
         batch_size=len(batch),
         input_ids=torch.tensor([i for one in batch for i in one.token_ids], device=device),
@@ -179,6 +179,5 @@ def pack(batch: Sequence[EncodeInput], device: torch.device) -> ForwardBatch:
         extend_prefix_lens=zeros.int(),
         extend_prefix_lens_cpu=[0] * len(batch),
         extend_start_loc=(seq_lens.cumsum(0) - seq_lens).int(),
+        encode_specs=[one.spec for one in batch],
     )
-    packed.encode_specs = [one.spec for one in batch]  # type: ignore[attr-defined]
-    return packed

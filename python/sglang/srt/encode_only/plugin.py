@@ -45,13 +45,15 @@ def enter_encode_only() -> None:
 
     Called in every process that takes on arguments with `is_embedding_encoder`: the one that starts
     the others, which finds out for all of them whether every seam fits, then the schedulers and the
-    tokenizer workers. Calling it again does nothing.
+    tokenizer workers. A process with an engine is a server, one with a scheduler and no engine runs
+    models. Calling it again does nothing.
     """
-    first = multiprocessing.parent_process() is None
-    serves = "sglang.srt.entrypoints.engine" in sys.modules
-    if first or serves:
+    if multiprocessing.parent_process() is None:
+        for seam in seams.ENCODE_ONLY:
+            seams.check(seam)
+    if "sglang.srt.entrypoints.engine" in sys.modules:
         _enter_server()
-    if first or (not serves and "sglang.srt.managers.scheduler" in sys.modules):
+    elif "sglang.srt.managers.scheduler" in sys.modules:
         enter_scheduler()
 
 

@@ -203,10 +203,15 @@ def refuse_generation(
         ValueError: for a generate request, which would end the scheduler.
     """
     if isinstance(obj, GenerateReqInput):
-        raise ValueError(
-            f"{self.served_model_name} is an encoder and generates no text. POST {ROUTE} gives "
-            "hidden states, POST /v1/embeddings one vector an input."
-        )
+        raise ValueError(no_generation(self.served_model_name))
+
+
+def no_generation(model: str) -> str:
+    """What to tell those who ask an encoder to generate."""
+    return (
+        f"{model} is an encoder and generates no text. POST {ROUTE} gives hidden states, "
+        "POST /v1/embeddings one vector an input."
+    )
 
 
 def _limit(request: EncodeRequest, info: EncoderInfo) -> int:

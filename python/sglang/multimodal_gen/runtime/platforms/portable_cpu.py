@@ -12,13 +12,17 @@ import importlib
 
 import torch
 import torch.nn.functional as F
+from sglang.srt.encode_only.plugin import supports_installed_sglang
 
 
 def define_missing_operators() -> None:
-    """Defines what the installed sgl-kernel lacks; does nothing on an accelerator."""
+    """Entry point of `sglang.multimodal_gen.plugins`: defines what the installed sgl-kernel lacks.
+
+    Does nothing where there is an accelerator.
+    """
     from sglang.multimodal_gen.runtime.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if not supports_installed_sglang() or not current_platform.is_cpu():
         return
     # A wheel that is built for CUDA cannot be imported without it.
     with contextlib.suppress(ImportError):

@@ -7,10 +7,14 @@ come back out as the batch was. Who encodes is made in `loader.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from sglang.multimodal_gen.configs.models.encoders import BaseEncoderOutput, TextEncoderConfig
+from sglang.multimodal_gen.configs.models.encoders import (
+    BaseEncoderOutput,
+    EncoderConfig,
+    TextEncoderConfig,
+)
 from sglang.multimodal_gen.runtime.distributed.group_coordinator import GroupCoordinator
 from sglang.multimodal_gen.runtime.models.encoders.base import TextEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
@@ -37,7 +41,7 @@ class SrtTextEncoder(TextEncoder):
 
     def __init__(
         self,
-        config: TextEncoderConfig,
+        config: EncoderConfig,
         *,
         component: str,
         encode: Encode | None,
@@ -45,7 +49,7 @@ class SrtTextEncoder(TextEncoder):
         dtype: torch.dtype,
         group: GroupCoordinator | None = None,
     ):
-        super().__init__(config)
+        super().__init__(cast(TextEncoderConfig, config))
         self.component = component
         self.hidden_size = hidden_size
         self.dtype = dtype
@@ -80,7 +84,9 @@ class SrtTextEncoder(TextEncoder):
             raise ValueError(f"{self.component} on srt takes input_ids, and only those.")
         lengths = self._lengths(input_ids, attention_mask)
         states = self._on_every_rank(input_ids, lengths)
-        return BaseEncoderOutput(last_hidden_state=states, attention_mask=attention_mask)
+        return BaseEncoderOutput(
+            last_hidden_state=cast(torch.FloatTensor, states), attention_mask=attention_mask
+        )
 
     def _lengths(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
         """How many leading tokens of each row are encoded."""

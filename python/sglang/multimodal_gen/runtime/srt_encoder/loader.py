@@ -7,7 +7,7 @@ to which it leaves the native ones. Where an encoder runs is read in `placement.
 from __future__ import annotations
 
 import torch
-from sglang.multimodal_gen.configs.models import EncoderConfig
+from sglang.multimodal_gen.configs.models.encoders import EncoderConfig
 from sglang.multimodal_gen.runtime.distributed import (
     get_local_torch_device,
     get_replica_group,
@@ -19,7 +19,6 @@ from sglang.multimodal_gen.runtime.loader.component_loaders.component_loader imp
 from sglang.multimodal_gen.runtime.loader.component_loaders.text_encoder_loader import (
     TextEncoderLoader,
 )
-from sglang.multimodal_gen.runtime.models.encoders.base import TextEncoder
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import Encode, SrtTextEncoder
 from sglang.multimodal_gen.runtime.srt_encoder.option import placement_of
@@ -27,6 +26,7 @@ from sglang.multimodal_gen.runtime.srt_encoder.placement import Native, Placemen
 from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers, Expected
 from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import get_diffusers_component_config
 from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
+from torch import nn
 
 
 class SrtTextEncoderLoader(TextEncoderLoader):
@@ -40,7 +40,7 @@ class SrtTextEncoderLoader(TextEncoderLoader):
         server_args: ServerArgs,
         component_name: str,
         component_starts_on_cpu: bool | None = None,
-    ) -> TextEncoder:
+    ) -> nn.Module:
         placement = placement_of(server_args, component_name, self.component_architecture)
         if isinstance(placement, Native):
             return super().load_customized(

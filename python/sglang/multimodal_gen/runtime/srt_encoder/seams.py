@@ -60,5 +60,14 @@ DIFFUSION: tuple[Seam, ...] = (
         reason="Stock imports the loaders of its own folder, where a checkout of ours is not.",
         upstream="the branch for srt in TextEncoderLoader.load_customized",
     ),
+    Seam(
+        target="sglang.multimodal_gen.runtime.entrypoints.http_server:create_app",
+        kind="after",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.http_errors:add_handler",
+        parameters=("server_args", "worker_pids", "disagg_server"),
+        process="diffusion",
+        reason="A caller of `sglang serve` is told which encoder failed, and why.",
+        upstream="answer a failed generation with the scheduler's error",
+    ),
 )
 """Installed in every process of the diffusion runtime that loads plugins."""

@@ -1,0 +1,109 @@
+"""What `--srt-encoders` may say, and what it then means."""
+
+from __future__ import annotations
+
+import pytest
+from sglang.multimodal_gen.runtime.srt_encoder.placement import (
+    InWorker,
+    Native,
+    Option,
+    Placements,
+    Servers,
+    read,
+)
+
+FLUX = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
+ONE, TWO = "http://10.0.0.7:30000", "https://encoders.example/t5"
+
+
+@pytest.mark.parametrize(
+    ("option", "read_as"),
+    [
+        ("native", Placements(Native())),
+        ("srt", Placements(InWorker())),
+        (["srt"], Placements(InWorker())),
+        (ONE, Placements(Servers((ONE,)))),
+        (f"{ONE}/,{TWO}", Placements(Servers((ONE, TWO)))),
+        ("http://[::1]:30000", Placements(Servers(("http://[::1]:30000",)))),
+        (
+            f"text_encoder=srt text_encoder_2={ONE},{TWO}",
+            Placements(None, {"text_encoder": InWorker(), "text_encoder_2": Servers((ONE, TWO))}),
+        ),
+        (
+            ["srt", "text-encoder-2=native"],
+            Placements(InWorker(), {"text_encoder_2": Native()}),
+        ),
+        (
+            {"text_encoder": "native", "text_encoder_2": [ONE, TWO]},
+            Placements(None, {"text_encoder": Native(), "text_encoder_2": Servers((ONE, TWO))}),
+        ),
+    ],
+)
+def test_every_form_is_read(option: Option, read_as: Placements):
+    assert read(option) == read_as
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("sgl", "'sgl' is no place for a text encoder; give native, srt, or one or several URLs"),
+        ("text_encoder=gpu", "--srt-encoders text_encoder=: 'gpu' is no place"),
+        ("text_encoder=", "--srt-encoders text_encoder=: '' is no place"),
+        ("10.0.0.7:30000", "without its scheme; write http://10.0.0.7:30000"),
+        ("text_encoder=localhost:30000", "without its scheme; write http://localhost:30000"),
+        (f"{ONE},localhost:30000", "without its scheme; write http://localhost:30000"),
+        ("ftp://10.0.0.7", "'ftp://10.0.0.7' is no place"),
+        ("http://", "'http://' is no place"),
+        ("text_encoder=srt text_encoder=native", "a place for text_encoder twice"),
+        ("text_encoder=srt text-encoder=srt", "a place for text_encoder twice"),
+        ("srt native", "a place for every encoder twice"),
+        ([1], r"got \[1\]; give native, srt"),
+        (3, "got 3; give native, srt"),
+        ({"text_encoder": True}, "got True; give native, srt"),
+    ],
+)
+def test_what_is_no_place_is_refused(option: Option, message: str):
+    with pytest.raises(ValueError, match=message):
+        read(option)
+
+
+@pytest.mark.parametrize(
+    ("option", "places"),
+    [
+        ("srt", (Native(), InWorker())),
+        ("native", (Native(), Native())),
+        ("text_encoder_2=srt", (Native(), InWorker())),
+        ("text_encoder=native", (Native(), Native())),
+        (f"srt text_encoder_2={ONE}", (Native(), Servers((ONE,)))),
+    ],
+)
+def test_a_place_for_every_encoder_is_for_those_that_srt_serves(option: Option, places: tuple):
+    placements = read(option)
+    placements.check("flux", FLUX)
+    assert tuple(placements.of(*encoder) for encoder in FLUX.items()) == places
+
+
+@pytest.mark.parametrize(
+    ("option", "encoders", "message"),
+    [
+        (
+            "text_encoder_3=srt",
+            FLUX,
+            "'text_encoder_3', but the text encoders of flux are text_encoder, text_encoder_2",
+        ),
+        ("vae=native", FLUX, "a place for 'vae', but the text encoders"),
+        ("text_encoder=srt", FLUX, "text_encoder=srt: srt does not serve CLIPTextModel. It serves"),
+        (f"text_encoder={ONE}", FLUX, "does not serve CLIPTextModel"),
+        (
+            "srt",
+            {"text_encoder": "Qwen3ForCausalLM"},
+            r"none of the text encoders of flux: text_encoder \(Qwen3ForCausalLM\)",
+        ),
+        (ONE, {}, "none of the text encoders of flux: none"),
+    ],
+)
+def test_what_does_not_fit_the_pipeline_is_refused(
+    option: Option, encoders: dict[str, str], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        read(option).check("flux", encoders)

@@ -1,0 +1,64 @@
+"""srt on a machine without an accelerator, with nothing but `--device cpu`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import httpx
+import psutil
+import pytest
+from sglang.srt.encode_only.local_server import LocalServer
+
+MOST_BYTES = 1.25e9
+"""Of a process of a server with a tiny model; importing srt alone takes 1.16e9."""
+
+
+def processes(server: LocalServer) -> list[psutil.Process]:
+    root = psutil.Process(server.process.pid)
+    return [p for p in (root, *root.children(recursive=True)) if "resource_tracker" not in str(p)]
+
+
+def test_a_llama_generates(llama_server: LocalServer):
+    answer = httpx.post(
+        f"{llama_server.url}/generate",
+        json={"text": "a red fox", "sampling_params": {"max_new_tokens": 5, "temperature": 0}},
+        timeout=60,
+    ).json()
+    assert answer["meta_info"]["completion_tokens"] == 5
+
+
+@pytest.mark.parametrize("name", ["t5_server", "llama_server"])
+def test_memory_is_in_proportion(request: pytest.FixtureRequest, name: str):
+    for process in processes(request.getfixturevalue(name)):
+        assert process.memory_info().rss < MOST_BYTES, process.cmdline()
+
+
+def test_an_idle_server_sleeps(t5_server: LocalServer):
+    httpx.get(f"{t5_server.url}/v1/encode", timeout=30)
+    time.sleep(2)
+    before = {p.pid: sum(p.cpu_times()[:2]) for p in processes(t5_server)}
+    time.sleep(3)
+    spent = sum(sum(p.cpu_times()[:2]) - before[p.pid] for p in processes(t5_server))
+    # A process that polls would spend all 3 s.
+    assert spent < 1
+
+
+def chosen_platform(**env: str) -> str:
+    code = "from sglang.srt.platforms import current_platform as p; print(type(p).__name__)"
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return process.stdout.strip().splitlines()[-1]
+
+
+def test_it_is_chosen_by_itself_and_stands_aside_for_another_choice():
+    assert chosen_platform() == "PortableCpuPlatform"
+    assert chosen_platform(SGLANG_USE_CPU_ENGINE="1") == "CpuSRTPlatform"
+    assert chosen_platform(SGLANG_PLUGINS="encode_only") == "SRTPlatform"
