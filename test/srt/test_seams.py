@@ -13,22 +13,21 @@ import pytest
 from sglang.srt.encode_only import seams
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-# Imports what a scheduler imports, takes on arguments without our flag, and prints every function
-# that a hook has wrapped.
-STOCK_PROCESS = """
+# Takes on arguments, a line of them each in turn, with all that a server and a scheduler import,
+# and prints every target that a hook of ours has changed.
+SERVER_PROCESS = """
 from sglang.srt.plugins import load_plugins
 load_plugins()
 import sys
 from sglang.srt.server_args import prepare_server_args
+arguments = [prepare_server_args(line.split()) for line in sys.argv[1:]]
 from sglang.srt.managers import scheduler, tokenizer_manager
 from sglang.srt.entrypoints import engine, http_server
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.runtime_context import publish
-from sglang.srt.plugins.hook_registry import HookRegistry
-publish(prepare_server_args(sys.argv[1:]), role="scheduler")
-print("PATCHED", *sorted(HookRegistry._patched))
-print("ROUTES", *[r.path for r in http_server.app.routes if "encode" in r.path])
-print("ATTENTION", "encode_only" in __import__(
-    "sglang.srt.layers.attention.attention_registry", fromlist=["x"]).ATTENTION_BACKENDS)
+for one in arguments:
+    publish(one, role="tokenizer")
+print("ROUTES", *[path for path in http_server.app.openapi()["paths"] if "encode" in path])
 """
 
 SCHEDULER_PROCESS = """
@@ -38,10 +37,17 @@ from sglang.srt.encode_only.plugin import enter_scheduler
 enter_scheduler()
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.plugins.hook_registry import HookRegistry
-print("PATCHED", *sorted(HookRegistry._patched))
-print("ATTENTION", "encode_only" in ATTENTION_BACKENDS)
 print("MODE", ForwardMode["ENCODE_ONLY"].name, ForwardMode["ENCODE_ONLY"].is_extend())
+"""
+
+PRINT_HOOKS = """
+from sglang.srt.plugins.hook_registry import HookRegistry
+print("OURS", *sorted(
+    target for target, hooks in HookRegistry._hooks.items()
+    if target in HookRegistry._patched and any(source.dist_name == "sglang-encoder"
+                                               for _, _, source in hooks if source)
+))
+print("ATTENTION", "encode_only" in ATTENTION_BACKENDS)
 """
 
 
@@ -60,25 +66,24 @@ def lines(process: subprocess.CompletedProcess) -> dict[str, list[str]]:
     return {w[0]: w[1:] for w in map(str.split, process.stdout.splitlines()) if w}
 
 
-@pytest.mark.parametrize("flags", [(), ("--is-embedding",)], ids=["generation", "embedding"])
-def test_a_stock_server_has_no_hook_of_ours_on_its_request_path(llama_folder: Path, flags):
-    found = lines(run_python(STOCK_PROCESS, "--model-path", str(llama_folder), *flags))
-    assert set(found["PATCHED"]) == {seam.path for seam in seams.ALWAYS}
+def test_a_stock_server_has_no_hook_of_ours_on_its_request_path(llama_folder: Path):
+    model = f"--model-path {llama_folder}"
+    found = lines(run_python(SERVER_PROCESS + PRINT_HOOKS, model, f"{model} --is-embedding"))
+    assert found["OURS"] == ["sglang.srt.server_args.ServerArgs"]
     assert found["ROUTES"] == ["/encode"]  # upstream's own
     assert found["ATTENTION"] == ["False"]
 
 
 def test_encode_only_mode_installs_the_seams_of_the_process(t5_folder: Path):
-    found = lines(
-        run_python(STOCK_PROCESS, "--model-path", str(t5_folder), "--is-embedding-encoder")
-    )
+    arguments = f"--model-path {t5_folder} --is-embedding-encoder"
+    found = lines(run_python(SERVER_PROCESS + PRINT_HOOKS, arguments))
     here = {seam.path for seam in seams.ENCODE_ONLY if seam.process == "server"}
-    assert set(found["PATCHED"]) == here | {seam.path for seam in seams.ALWAYS}
+    assert set(found["OURS"]) == here | {"sglang.srt.server_args.ServerArgs"}
     assert "/v1/encode" in found["ROUTES"]
 
-    found = lines(run_python(SCHEDULER_PROCESS))
+    found = lines(run_python(SCHEDULER_PROCESS + PRINT_HOOKS))
     there = {seam.path for seam in seams.ENCODE_ONLY if seam.process == "scheduler"}
-    assert set(found["PATCHED"]) == there | {seam.path for seam in seams.ALWAYS}
+    assert set(found["OURS"]) == there | {"sglang.srt.server_args.ServerArgs"}
     assert found["ATTENTION"] == ["True"]
     assert found["MODE"] == ["ENCODE_ONLY", "True"]
 
@@ -111,24 +116,20 @@ def test_a_seam_that_does_not_fit_stops_the_start_and_is_named(change, says):
     assert not registry._patched
 
 
-def test_another_sglang_version_is_refused_with_one_message(tmp_path: Path, t5_folder: Path):
+def test_another_sglang_version_is_refused_with_one_message(tmp_path: Path):
     other = tmp_path / "sglang-0.5.22.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.22\n")
-    code = "import logging; logging.basicConfig()\n" + STOCK_PROCESS
-    process = run_python(code, "--model-path", str(t5_folder), PYTHONPATH=str(tmp_path))
+    arguments = "--is-embedding-encoder --model-path none"
+    process = run_python(SERVER_PROCESS, arguments, PYTHONPATH=str(tmp_path))
     message = "sglang-encoder is not loaded: it is for sglang 0.5.23, and sglang 0.5.22 is"
     assert process.stderr.count(message) == 1
-    assert "is-embedding-encoder" not in process.stdout
+    assert "unrecognized arguments: --is-embedding-encoder" in process.stderr
 
 
-def test_sglang_plugins_leaves_the_mode_out(t5_folder: Path):
+def test_sglang_plugins_leaves_the_mode_out():
     process = run_python(
-        STOCK_PROCESS,
-        "--model-path",
-        str(t5_folder),
-        "--is-embedding-encoder",
-        SGLANG_PLUGINS="portable_cpu",
+        SERVER_PROCESS, "--is-embedding-encoder --model-path none", SGLANG_PLUGINS="portable_cpu"
     )
     assert process.returncode == 2
     assert "unrecognized arguments: --is-embedding-encoder" in process.stderr

@@ -20,9 +20,11 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 SUPPORTED_SGLANG = "0.5.23"
+
+_SOURCE = HookSource(plugin_name="encode_only", dist_name="sglang-encoder")
 
 
 class SeamError(SystemExit):
@@ -251,7 +253,7 @@ def install(seams: Iterable[Seam], registry: type[HookRegistry] = HookRegistry) 
     for seam in due:
         check(seam)
     for seam in due:
-        registry.register(seam.path, _load(seam.hook), HookType(seam.kind))
+        registry.register(seam.path, _load(seam.hook), HookType(seam.kind), source=_SOURCE)
     registry.apply_hooks()
     for seam in due:
         if seam.path not in registry._patched:

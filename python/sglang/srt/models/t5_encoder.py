@@ -174,17 +174,17 @@ class T5FeedForward(nn.Module):
             # The same formula as a chain of elementwise operations in transformers.
             self.act = nn.GELU(approximate="tanh")
         else:
-            self.act = ACT2FN[config.dense_act_fn].to(self.wo_dtype)
+            self.act = ACT2FN[config.dense_act_fn].float()
 
     def forward(self, x_th: torch.Tensor) -> torch.Tensor:
         h, _ = self.wi(x_th)
-        h = h.to(self.wo_dtype)
+        h = h.float()
         if self.gated:
             gate, h = h.chunk(2, dim=-1)
             h = self.act(gate) * h
         else:
             h = self.act(h)
-        return self.wo(h)[0]
+        return self.wo(h.to(self.wo_dtype))[0]
 
 
 class T5Block(nn.Module):

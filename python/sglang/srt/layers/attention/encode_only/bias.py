@@ -28,18 +28,9 @@ def buckets_by_distance(
 
     Returns:
         `[2 * length - 1]` int64; entry `length - 1 + d` is the bucket of distance d.
-
-    Raises:
-        ValueError: `num_buckets` and `max_distance` do not describe buckets.
     """
     half = num_buckets // 2
     exact = half // 2
-    if exact < 1 or max_distance < 1 or max_distance == exact:
-        raise ValueError(
-            f"relative_attention_num_buckets is {num_buckets} and relative_attention_max_distance "
-            f"is {max_distance}; the buckets must be at least 4, and the distance positive and "
-            f"other than a quarter of the buckets."
-        )
     distances = torch.arange(1 - length, length, device=device)
     ahead = (distances > 0).long() * half
     distances = distances.abs()
@@ -47,14 +38,7 @@ def buckets_by_distance(
     # Distance 0 has no logarithm, and is exact.
     far = exact + (log_share * (half - exact)).masked_fill(distances < exact, 0.0).long()
     within_half = torch.where(distances < exact, distances, far.clamp(max=half - 1))
-    buckets = ahead + within_half
-    if buckets.min() < 0:
-        raise ValueError(
-            f"relative_attention_max_distance is {max_distance}, which leaves no bucket for some "
-            f"distances below {length}; give at least a quarter of "
-            f"relative_attention_num_buckets ({num_buckets})."
-        )
-    return buckets
+    return ahead + within_half
 
 
 class RelativePositionBias(nn.Module):
@@ -65,10 +49,19 @@ class RelativePositionBias(nn.Module):
 
     Args:
         heads: of all tensor-parallel ranks.
+
+    Raises:
+        ValueError: `num_buckets` and `max_distance` do not describe buckets.
     """
 
     def __init__(self, num_buckets: int, max_distance: int, heads: int):
         super().__init__()
+        if num_buckets < 4 or max_distance <= num_buckets // 4:
+            raise ValueError(
+                f"relative_attention_num_buckets is {num_buckets} and "
+                f"relative_attention_max_distance is {max_distance}; there must be at least 4 "
+                "buckets, and the distance must be more than a quarter of them."
+            )
         self.num_buckets = num_buckets
         self.max_distance = max_distance
         self.heads = heads // get_parallel().tp_size

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.runtime_context import get_parallel
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
@@ -101,41 +102,28 @@ class BatchPlan:
 
     Masks are made by the first layer that asks, and kept until one asks for another bias: once a
     forward pass where the layers share a table, once a layer where each has its own.
+
+    Args:
+        lengths, attend: rows and keys of each sequence.
+        heads: of a layer, on this rank.
     """
 
-    def __init__(self, lengths: Sequence[int], attend: Sequence[int], device: torch.device):
-        self.lengths, self.attend, self.device = lengths, attend, device
+    def __init__(
+        self, lengths: Sequence[int], attend: Sequence[int], heads: int, device: torch.device
+    ):
+        self.device = device
         self.longest = max(lengths, default=0)
-        self.heads = 0
-        self.groups: list[SequenceGroup] = []
-        self._masked_for: object = None
+        self.groups = group_sequences(lengths, attend, heads, device)
         self._masks: list[torch.Tensor | None] = []
-
-    @classmethod
-    def of(cls, forward_batch: ForwardBatch) -> BatchPlan:
-        lengths = list(forward_batch.extend_seq_lens_cpu or ())
-        specs = getattr(forward_batch, "encode_specs", None) or [None] * len(lengths)
-        attend = [
-            length if spec is None or spec.attend is None else spec.attend
-            for spec, length in zip(specs, lengths, strict=True)
-        ]
-        return cls(lengths, attend, forward_batch.input_ids.device)
-
-    def for_heads(self, heads: int) -> list[SequenceGroup]:
-        if heads != self.heads:
-            self.heads = heads
-            self.groups = group_sequences(self.lengths, self.attend, heads, self.device)
-            self._masked_for = None
-        return self.groups
+        self._masks_are_for: object = None
 
     def masks(self, bias: RelativePositionBias | None, causal: bool) -> list[torch.Tensor | None]:
         """A mask to add to the scores of each group; it broadcasts to
         `[size, heads, length, keys]`, with the queries backwards."""
-        key = (bias, causal)
-        if key != self._masked_for:
+        if self._masks_are_for != (bias, causal):
             by_distance = bias.by_distance(self.longest) if bias is not None else None
             self._masks = [self._mask(group, by_distance, causal) for group in self.groups]
-            self._masked_for = key
+            self._masks_are_for = (bias, causal)
         return self._masks
 
     def _mask(
@@ -169,10 +157,18 @@ class SdpaBackend(AttentionBackend):
     def __init__(self, model_runner: ModelRunner):
         super().__init__()
         self.device = torch.device(model_runner.device)
-        self.plan = BatchPlan([], [], self.device)
+        self.heads = model_runner.model_config.num_attention_heads // get_parallel().tp_size
+        self.plan = BatchPlan([], [], self.heads, self.device)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        self.plan = BatchPlan.of(forward_batch)
+        lengths = list(forward_batch.extend_seq_lens_cpu or ())
+        # Warm-up batches carry none.
+        specs = getattr(forward_batch, "encode_specs", None) or [None] * len(lengths)
+        attend = [
+            length if spec is None or spec.attend is None else spec.attend
+            for spec, length in zip(specs, lengths, strict=True)
+        ]
+        self.plan = BatchPlan(lengths, attend, self.heads, self.device)
 
     def forward_decode(self, *args, **kwargs):
         raise ValueError(
@@ -208,10 +204,9 @@ class SdpaBackend(AttentionBackend):
                 f"The encode_only attention backend has no sliding window; this model's is "
                 f"{layer.sliding_window_size} tokens, and a sequence has {plan.longest}."
             )
-        groups = plan.for_heads(layer.tp_q_head_num)
         masks = plan.masks(position_bias, layer.attn_type == AttentionType.DECODER)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
-        for group, mask in zip(groups, masks, strict=True):
+        for group, mask in zip(plan.groups, masks, strict=True):
             q_nlhd = q.index_select(0, group.query_rows).view(
                 group.size, group.length, layer.tp_q_head_num, layer.qk_head_dim
             )

@@ -1,0 +1,122 @@
+"""The pictures that tests compare, and a program that makes them: `pictures.py RUNS.json`.
+
+Each run is a generator of sglang's Python API over one pipeline folder, in processes of its own, so
+that tests can have several under way and leave plugins out of some.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROMPT = "a red fox in the snow at dawn"
+NEGATIVE = "blurry, dark, out of focus"
+BATCH = [
+    "two boats on a lake",
+    "a stormy sea under a black sky, an old lighthouse on a rock, and birds that fly away from it",
+    " ",
+]
+CASES: dict[str, dict[str, Any]] = {
+    "one": {"prompt": PROMPT, "guidance_scale": 1.0},
+    "negative": {"prompt": PROMPT, "negative_prompt": NEGATIVE},
+    "batch": {"prompt": BATCH, "negative_prompt": NEGATIVE},
+}
+SETTINGS: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 11}
+VIDEO: dict[str, Any] = {"num_frames": 5}
+
+Pictures = dict[str, np.ndarray]
+"""Pixels of 0 to 255, by case and place in its batch, such as `batch.2`."""
+
+
+class Program:
+    """A program of a test, with its output in a file; it and its children end with the test."""
+
+    def __init__(self, command: list[str], log: Path, **environment: str):
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+                start_new_session=True,
+            )
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self) -> str:
+        """Its output, once it has ended; AssertionError where it failed."""
+        status = self.process.wait()
+        assert status == 0, f"It ended with status {status}:\n{self.output()[-4000:]}"
+        return self.output()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+class Runs(Program):
+    """Generators one after another, each a pipeline folder with its options."""
+
+    def __init__(self, scratch: Path, runs: list[tuple[Path, dict[str, Any]]], **environment: str):
+        scratch.mkdir()
+        self._made = [scratch / f"{i}.npz" for i in range(len(runs))]
+        described = [
+            {"folder": str(folder), "options": options | ports(), "made": str(made)}
+            for (folder, options), made in zip(runs, self._made, strict=True)
+        ]
+        runs_file = scratch / "runs.json"
+        runs_file.write_text(json.dumps(described))
+        command = [sys.executable, __file__, str(runs_file)]
+        super().__init__(command, scratch / "log.txt", **environment)
+
+    def pictures(self) -> list[Pictures]:
+        """What each run made, once all have ended."""
+        self.wait()
+        return [dict(np.load(made)) for made in self._made]
+
+
+def ports() -> dict[str, int]:
+    """Free ports for a diffusion runtime, whose default ports collide."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        return {"master_port": one.getsockname()[1], "scheduler_port": two.getsockname()[1]}
+
+
+def difference(one: Pictures, other: Pictures) -> float:
+    """The largest difference of two pixels, of 255."""
+    assert one.keys() == other.keys()
+    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
+
+
+def make(folder: str, options: dict[str, Any], made: str) -> None:
+    from sglang.multimodal_gen import DiffGenerator
+
+    video = VIDEO if "Wan" in Path(folder).name else {}
+    pictures: Pictures = {}
+    with DiffGenerator.from_pretrained(model_path=folder, **options) as generator:
+        for name, case in CASES.items():
+            results = generator.generate(
+                sampling_params_kwargs={**SETTINGS, **video, **case, "save_output": False}
+            )
+            assert results is not None, f"{folder} with {options} made no picture of {name}"
+            for i, result in enumerate(results if isinstance(results, list) else [results]):
+                pictures[f"{name}.{i}"] = np.asarray(result.samples) * 255
+    np.savez(made, allow_pickle=False, **pictures)
+
+
+if __name__ == "__main__":
+    for run in json.loads(Path(sys.argv[1]).read_text()):
+        make(**run)

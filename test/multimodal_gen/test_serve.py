@@ -1,0 +1,79 @@
+"""`sglang serve` with its T5 on a server, which can be down, another, or none: a picture fails with
+a reason, and the next one is made."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from pictures import CASES, Pictures
+from service import Service
+from sglang.srt.encode_only.local_server import LocalServer
+
+
+@pytest.mark.parametrize("case", ["one", "negative"])
+def test_t5_on_a_server(
+    service: Service, flux_server: LocalServer, native_flux: Pictures, case: str
+):
+    with service.relay.to(flux_server.url):
+        made = service.picture(**CASES[case])
+    native = np.clip(native_flux[f"{case}.0"], 0, 255).round().squeeze()
+    assert np.abs(made - native).max() <= 1
+
+
+def test_an_encoder_that_is_gone_between_two_prompts(service: Service, flux_server: LocalServer):
+    with service.relay.to(flux_server.url):
+        service.picture(prompt="before")
+    said = service.error("meanwhile")
+    assert "text_encoder_2" in said and service.relay.url in said and "refused" in said
+    with service.relay.to(flux_server.url):
+        service.picture(prompt="meanwhile")
+
+
+def test_an_encoder_that_does_not_answer(service: Service):
+    with service.relay.silent():
+        said = service.error("into the dark")
+    assert "text_encoder_2" in said and service.relay.url in said and "timed out" in said
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\nhello",
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"",
+    ],
+)
+def test_what_is_no_encoder(service: Service, answer: bytes):
+    with service.relay.saying(answer):
+        said = service.error("is anybody there?")
+    assert "text_encoder_2" in said and service.relay.url in said
+
+
+def test_an_encoder_of_another_pipeline(service: Service, wan_server: LocalServer):
+    with service.relay.to(wan_server.url):
+        said = service.error("a mistaken address")
+    assert "text_encoder_2" in said and service.relay.url in said
+    assert "architecture UMT5 where the pipeline has T5" in said
+
+
+def test_an_encoder_with_another_vocabulary(service: Service, t5_server: LocalServer):
+    with service.relay.to(t5_server.url):
+        said = service.error("another mistaken address")
+    assert "text_encoder_2" in said and service.relay.url in said
+    assert "vocab_size 600 where the pipeline has 1200" in said
+    assert "num_layers 3 where the pipeline has 2" in said
+
+
+def test_a_server_killed_and_started_again(service: Service, flux_server: LocalServer):
+    with service.relay.to(flux_server.url):
+        service.picture(prompt="its last prompt")
+        assert flux_server.process is not None
+        os.killpg(flux_server.process.pid, signal.SIGKILL)
+        said = service.error("after its end")
+        assert "text_encoder_2" in said and service.relay.url in said
+        flux_server.restart()
+        service.picture(prompt="after its end")

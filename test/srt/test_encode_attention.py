@@ -1,0 +1,207 @@
+"""The encode-only attention backend and its bias, against float64 and against transformers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.encode_only.in_process import pack
+from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
+from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
+from sglang.srt.layers.attention.encode_only.reference import reference_attention
+from sglang.srt.layers.attention.encode_only.sdpa import LENGTH_STEP, SdpaBackend
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.runtime_context import get_parallel
+from transformers import T5Config
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from checkpoints import fresh_seed
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+
+
+@pytest.fixture
+def seed() -> int:
+    return fresh_seed()
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    with get_parallel().override(tp_size=1, tp_rank=0):
+        yield
+
+
+def random_bias(heads: int, buckets: int = 32, max_distance: int = 128) -> RelativePositionBias:
+    bias = RelativePositionBias(buckets, max_distance, heads)
+    bias.weight.data.normal_()
+    return bias
+
+
+def attend_both_ways(
+    lengths: Sequence[int],
+    *,
+    heads: int = 4,
+    kv_heads: int | None = None,
+    head_dim: int = 20,
+    dtype: torch.dtype = torch.float32,
+    attend: Sequence[int] | None = None,
+    causal: bool = False,
+    with_bias: bool = True,
+    logit_cap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the backend computes for random queries, keys and values, and what float64 does."""
+    kv_heads = kv_heads or heads
+    layer = RadixAttention(
+        heads,
+        head_dim,
+        scaling=1.0 if with_bias else head_dim**-0.5,
+        num_kv_heads=kv_heads,
+        layer_id=0,
+        logit_cap=logit_cap,
+        attn_type=AttentionType.DECODER if causal else AttentionType.ENCODER_ONLY,
+    )
+    bias = random_bias(heads) if with_bias else None
+    tokens = sum(lengths)
+    qkv = (torch.randn(tokens, (heads + 2 * kv_heads) * head_dim) * head_dim**-0.25).to(dtype)
+    q, k, v = qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1)
+    batch = pack(
+        [
+            EncodeInput(token_ids=[0] * n, spec=EncodeSpec(attend=attend[i] if attend else None))
+            for i, n in enumerate(lengths)
+        ],
+        CPU,
+    )
+    runner = SimpleNamespace(device=CPU, model_config=SimpleNamespace(num_attention_heads=heads))
+    backend = SdpaBackend(runner)  # type: ignore[arg-type]
+    backend.init_forward_metadata(batch)
+    with forward_context(ForwardContext(backend), forward_batch=batch):
+        out = layer(q, k, v, batch, save_kv_cache=False, position_bias=bias)
+    expected = reference_attention(
+        q.view(tokens, heads, head_dim),
+        k.view(tokens, kv_heads, head_dim),
+        v.view(tokens, kv_heads, head_dim),
+        lengths,
+        scaling=layer.scaling,
+        attend=attend,
+        causal=causal,
+        bias=None if bias is None else bias.by_distance(max(lengths)),
+        logit_cap=logit_cap,
+    )
+    assert out.dtype == dtype
+    return out, expected.flatten(1)
+
+
+def assert_rows_close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    errors = (out.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert errors.max() < TOLERANCE[out.dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_ragged_batches(causal: bool, with_bias: bool, dtype: torch.dtype, seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    lengths = [round(300 ** rng.random()) for _ in range(40)]
+    attend = [n if rng.random() < 0.5 else rng.randint(1, n) for n in lengths]
+    for kv_heads in (4, 2, 1):
+        out, expected = attend_both_ways(
+            lengths,
+            kv_heads=kv_heads,
+            dtype=dtype,
+            attend=attend,
+            causal=causal,
+            with_bias=with_bias,
+        )
+        assert_rows_close(out, expected)
+
+
+@pytest.mark.parametrize("step", [1, LENGTH_STEP, 4 * LENGTH_STEP])
+def test_lengths_around_the_edges_of_groups(step: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    for lengths in ([step], [step, step], [step, step + 1], [1, step, 1], [max(1, step - 1)] * 3):
+        assert_rows_close(*attend_both_ways(lengths, heads=3, head_dim=7))
+
+
+def test_a_batch_of_more_heads_than_a_group_holds(seed: int) -> None:
+    torch.manual_seed(seed)
+    assert_rows_close(*attend_both_ways([90, 95, 91, 17, 513], heads=64, head_dim=4))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_capped_scores(kv_heads: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    out, expected = attend_both_ways(
+        [5, 40, 33], kv_heads=kv_heads, attend=[5, 12, 33], causal=True, logit_cap=2.0
+    )
+    assert_rows_close(out, expected)
+
+
+def test_a_sliding_window_is_refused_where_it_would_matter() -> None:
+    layer = RadixAttention(2, 8, scaling=1.0, num_kv_heads=2, layer_id=0, sliding_window_size=9)
+    runner = SimpleNamespace(device=CPU, model_config=SimpleNamespace(num_attention_heads=2))
+    backend = SdpaBackend(runner)  # type: ignore[arg-type]
+    for length in (10, 11):
+        batch = pack([EncodeInput(token_ids=[0] * length)], CPU)
+        backend.init_forward_metadata(batch)
+        qkv = torch.randn(3, length, 16)
+        with forward_context(ForwardContext(backend), forward_batch=batch):
+            if length == 10:
+                layer(*qkv, batch, save_kv_cache=False)
+                continue
+            with pytest.raises(ValueError, match="sliding window.* 9 tokens.* 11"):
+                layer(*qkv, batch, save_kv_cache=False)
+
+
+def test_a_long_sequence_has_no_matrix_of_biases() -> None:
+    """Memory for the bias grows with the length, not with its square."""
+    runner = SimpleNamespace(device=CPU, model_config=SimpleNamespace(num_attention_heads=8))
+    backend = SdpaBackend(runner)  # type: ignore[arg-type]
+    backend.init_forward_metadata(pack([EncodeInput(token_ids=[0] * 512)] * 16, CPU))
+    masks = backend.plan.masks(random_bias(8), causal=False)
+    bytes_held = {m.untyped_storage().data_ptr(): m.untyped_storage().nbytes() for m in masks}
+    assert sum(bytes_held.values()) == 8 * (2 * 512 - 1) * 4
+
+
+def test_buckets_are_those_of_transformers(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(200):
+        buckets = rng.randint(4, 200)
+        max_distance = rng.randint(buckets // 4 + 1, 1000)
+        length = rng.randint(1, 1100)
+        config = T5Config(
+            d_model=8,
+            num_heads=2,
+            relative_attention_num_buckets=buckets,
+            relative_attention_max_distance=max_distance,
+        )
+        theirs = T5Attention(config, has_relative_attention_bias=True)
+        ours = random_bias(2, buckets, max_distance)
+        theirs.relative_attention_bias.weight.data = ours.weight.data
+        first_row = theirs.compute_bias(1, length)[0, :, 0]
+        first_column = theirs.compute_bias(length, 1)[0, :, :, 0]
+        by_distance = ours.by_distance(length)
+        assert torch.equal(by_distance[:, length - 1 :], first_row), (buckets, max_distance)
+        assert torch.equal(by_distance[:, :length].flip(1), first_column), (buckets, max_distance)
+
+
+def test_a_rank_holds_the_biases_of_its_heads() -> None:
+    table = torch.randn(32, 6)
+    whole = random_bias(6)
+    whole.weight.weight_loader(whole.weight, table)
+    for rank in (0, 1):
+        with get_parallel().override(tp_size=2, tp_rank=rank, attn_tp_size=2, attn_tp_rank=rank):
+            part = RelativePositionBias(32, 128, 6)
+        part.weight.weight_loader(part.weight, table)
+        assert torch.equal(part.by_distance(9), whole.by_distance(9)[3 * rank : 3 * rank + 3])
+
+
+@pytest.mark.parametrize(("buckets", "max_distance"), [(3, 128), (0, 128), (32, 8), (32, 0)])
+def test_numbers_that_describe_no_buckets(buckets: int, max_distance: int) -> None:
+    with pytest.raises(ValueError, match=rf"num_buckets is {buckets} .*distance is {max_distance}"):
+        RelativePositionBias(buckets, max_distance, 2)
