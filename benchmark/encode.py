@@ -2,8 +2,9 @@
 
     python -m benchmark.encode --shape t5-base --dtype bfloat16 --prompts 16 --tokens 256
 
-The prompts are ragged for everybody but `transformers`, which gets its best case: as many prompts of
-equal length. Rounds are interleaved, so that a drift of the machine falls on all; the medians count.
+The prompts are ragged for everybody but `transformers`, which gets its best case: as many prompts
+of equal length. Rounds are interleaved, so that a drift of the machine falls on all; the medians
+count.
 """
 
 from __future__ import annotations

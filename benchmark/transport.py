@@ -1,10 +1,10 @@
-"""Times what hidden states cost on their way through an encode-only server, beyond the forward pass.
+"""Times the way of hidden states through an encode-only server, beyond the forward pass.
 
     python -m benchmark.transport
 
 The model has one block of the smallest kind and T5-XXL's width, so that 512 tokens in bfloat16 are
-4 MiB while the forward pass is short. Two requests are compared: one that asks for all rows, and one
-that skips all rows but the last, which computes the same.
+4 MiB while the forward pass is short. Two requests are compared: one that asks for all rows, and
+one that skips all rows but the last, which computes the same.
 """
 
 from __future__ import annotations
