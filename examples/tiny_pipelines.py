@@ -17,7 +17,12 @@ import diffusers
 import torch
 import transformers
 from tiny_tokenizers import write_clip_tokenizer, write_t5_tokenizer
-from tiny_weights import scale_decoder, scale_text_encoder, scale_transformer
+from tiny_weights import (
+    scale_decoder,
+    scale_flux_transformer,
+    scale_text_encoder,
+    scale_wan_transformer,
+)
 
 FLUX_NAME = "FLUX.1-dev"
 WAN_NAME = "Wan2.1-T2V-1.3B-Diffusers"
@@ -53,21 +58,21 @@ def write_flux(folder: Path, seed: int = 0) -> Path:
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=1,
+        num_single_layers=1,
         attention_head_dim=32,
-        num_attention_heads=4,
+        num_attention_heads=2,
         joint_attention_dim=64,
         pooled_projection_dim=64,
         guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )
-    scale_transformer(transformer)
+    scale_flux_transformer(transformer)
     transformer.save_pretrained(folder / "transformer")
     vae = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
+        block_out_channels=(16, 16, 16),
         norm_num_groups=8,
         latent_channels=16,
         scaling_factor=0.3611,
@@ -75,7 +80,7 @@ def write_flux(folder: Path, seed: int = 0) -> Path:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    scale_decoder(vae)
+    scale_decoder(vae, contrast=0.5)
     vae.save_pretrained(folder / "vae")
     diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).save_pretrained(
         folder / "scheduler"
@@ -107,18 +112,18 @@ def write_wan(folder: Path, seed: int = 0) -> Path:
     scale_text_encoder(umt5)
     umt5.save_pretrained(folder / "text_encoder")
     transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=4,
+        num_attention_heads=2,
         attention_head_dim=32,
         text_dim=64,
         freq_dim=64,
-        ffn_dim=256,
-        num_layers=2,
+        ffn_dim=128,
+        num_layers=1,
         cross_attn_norm=True,
     )
-    scale_transformer(transformer)
+    scale_wan_transformer(transformer)
     transformer.save_pretrained(folder / "transformer")
     vae = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1)
-    scale_decoder(vae)
+    scale_decoder(vae, contrast=0.5)
     vae.save_pretrained(folder / "vae")
     diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0

@@ -1,22 +1,27 @@
 """Random weights for the tiny pipelines under which a prompt decides the picture.
 
-A diffusion model with default random weights returns its noise. Here attention is sharp and
-follows position, so that each text token claims smooth regions; the output turns the noise down;
-and decoders blur, which also keeps the rounding of bf16 out of sight.
+A diffusion model with default random weights returns its noise. Here denoising turns the noise
+down, attention is sharp and follows position so that text tokens claim smooth regions, and
+decoders blur. The pictures mean nothing, but what an encoder gets wrong shows in them: a padding
+row left out, a position bias, another layer.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
-NOISE_DECAY = 2.5
-"""How fast denoising turns the noise down: about exp(-NOISE_DECAY) of it is left."""
+BLUR = torch.tensor([0.25, 0.5, 0.25])
+RECENT = torch.tensor([0.2, 0.3, 0.5])
+"""A decoder's weights for the frame before the last one, the last one, and this one."""
 
 
 @torch.no_grad()
 def scale_text_encoder(encoder: nn.Module) -> None:
-    """Makes a T5 or UMT5 encoder depend on positions, and its pad rows on the prompt."""
+    """Makes a T5 or UMT5 encoder depend on positions, and its pad rows on the prompt alone."""
     for name, parameter in encoder.named_parameters():
         if "relative_attention_bias" in name:
             nn.init.normal_(parameter)
@@ -24,40 +29,108 @@ def scale_text_encoder(encoder: nn.Module) -> None:
 
 
 @torch.no_grad()
-def scale_transformer(transformer: nn.Module) -> None:
-    """Scales a FLUX.1 or Wan transformer."""
+def scale_flux_transformer(transformer: nn.Module) -> None:
+    """Scales a FluxTransformer2DModel that is as wide as a packed patch, 64 channels."""
+    _scale_linears(
+        transformer,
+        {
+            r"\.to_q\.weight": 0.15,
+            r"\.norm\d?(_context)?\.linear\.weight": 0.2,
+            r"norm_out\.linear\.weight": 0.2,
+            r"\.ff\.net\.2\.weight": 0.1,
+            r"single_transformer_blocks\.\d\.proj_out\.weight": 0.1,
+        },
+        {r"\.to_q\.bias": 1.0, r"\.norm\d?\.linear\.bias": 0.3},
+    )
     for name, parameter in transformer.named_parameters():
-        if parameter.ndim >= 2:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        if ".norm_q." in name or ".norm_k." in name or ".norm_added" in name:
-            nn.init.constant_(parameter, SHARP)
-        if name.endswith("to_q.bias"):
-            nn.init.normal_(parameter)
-        if name.endswith("to_q.weight"):
-            parameter *= 0.3
-        if "norm" in name and name.endswith("linear.weight"):
-            parameter *= MODW
-        if "norm" in name and name.endswith("linear.bias"):
-            nn.init.normal_(parameter, std=MODB)
-    proj_in = transformer.x_embedder.weight
-    transformer.proj_out.weight.copy_(NOISE_DECAY / proj_in.shape[0] *proj_in.shape[1]* proj_in.T)
-
-import os
-SHARP=float(os.environ.get("SHARP",1.6)); MODW=float(os.environ.get("MODW",.2));MODB=float(os.environ.get("MODB",.5)); NOISE_DECAY=float(os.environ.get("ND",5));CONTRAST=float(os.environ.get("CONTRAST",.4)); RES=float(os.environ.get("RES",.5))
-
-BLUR = torch.tensor([0.25, 0.5, 0.25])
+        if re.search(r"\.norm_(added_)?[qk]\.", name):
+            nn.init.constant_(parameter, 2.0)
+    patch = _orthogonal(transformer.x_embedder.weight)
+    for block in transformer.transformer_blocks:
+        # Among themselves, image tokens would only mix their noise.
+        nn.init.constant_(block.attn.norm_k.weight, 0.3)
+        _write_whole_patches(block.attn.to_out[0].weight, patch, gain=12.0)
+    transformer.proj_out.weight.copy_(3.0 * patch.T)
 
 
 @torch.no_grad()
-def scale_decoder(vae: nn.Module) -> None:
+def scale_wan_transformer(transformer: nn.Module) -> None:
+    """Scales a WanTransformer3DModel that is as wide as a patch, 64 channels."""
+    _scale_linears(
+        transformer,
+        {
+            r"attn1\.to_[qk]\.weight": 0.1,
+            r"time_proj\.weight": 0.2,
+            r"ffn\.net\.2\.weight": 0.1,
+            r"scale_shift_table": 0.3,
+        },
+        {r"attn1\.to_[qk]\.bias": 1.0},
+    )
+    for name, parameter in transformer.named_parameters():
+        if re.search(r"\.norm_[qk]\.", name):
+            nn.init.constant_(parameter, 2.0)
+    nn.init.zeros_(transformer.scale_shift_table)
+    patch = _orthogonal(transformer.patch_embedding.weight)
+    for block in transformer.blocks:
+        _write_whole_patches(block.attn1.to_out[0].weight, patch, gain=8.0)
+        _write_whole_patches(block.attn2.to_out[0].weight, patch, gain=8.0)
+    # Patches go in as [channel, row, column] and come out as [row, column, channel].
+    rows = patch.T.reshape(16, 4, -1).transpose(0, 1).reshape(64, -1)
+    transformer.proj_out.weight.copy_(3.0 * rows)
+
+
+@torch.no_grad()
+def scale_decoder(vae: nn.Module, contrast: float) -> None:
+    """Makes an image or video decoder blur what it mixes; `contrast` scales what it shows."""
     for name, conv in vae.decoder.named_modules():
-        if isinstance(conv, nn.Conv2d):
-            mix = torch.randn(conv.weight.shape[:2]) * conv.weight.shape[1] ** -0.5
-            if name.endswith("conv2"):
-                mix *= RES
-            if name.endswith("conv_out"): mix*=CONTRAST
-            kernel = torch.outer(BLUR, BLUR) if conv.kernel_size == (3, 3) else torch.ones(1, 1)
-            conv.weight.copy_(mix[:, :, None, None] * kernel)
-            nn.init.zeros_(conv.bias)
+        if not isinstance(conv, nn.Conv2d | nn.Conv3d):
+            continue
+        outputs, inputs = conv.weight.shape[:2]
+        mix = torch.randn(outputs, inputs) * inputs**-0.5
+        if name.endswith("conv2"):
+            mix *= 0.25
+        elif name.endswith("conv_out"):
+            mix *= contrast
+        elif name.endswith("time_conv"):
+            mix = mix[: outputs // 2].repeat(2, 1)
+        kernel = torch.ones(())
+        for size in conv.kernel_size[-2:]:
+            kernel = kernel[..., None] * (BLUR if size == 3 else torch.ones(1))
+        if isinstance(conv, nn.Conv3d):
+            kernel = (RECENT if conv.kernel_size[0] == 3 else torch.ones(1))[:, None, None] * kernel
+        conv.weight.copy_(torch.tensordot(mix, kernel, 0))
+        nn.init.zeros_(conv.bias)
+
+
+def _scale_linears(
+    model: nn.Module, weights: Mapping[str, float], biases: Mapping[str, float]
+) -> None:
+    """Normal weights that keep variance and no biases, but for the names that the patterns find.
+
+    Args:
+        weights: factors on the standard deviation `1 / sqrt(inputs)`.
+        biases: standard deviations.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            factor = _find(weights, name, default=1.0)
+            nn.init.normal_(parameter, std=factor * parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            nn.init.normal_(parameter, std=_find(biases, name, default=0.0))
+
+
+def _find(table: Mapping[str, float], name: str, default: float) -> float:
+    return next((value for pattern, value in table.items() if re.search(pattern, name)), default)
+
+
+def _orthogonal(embedder_weight: torch.Tensor) -> torch.Tensor:
+    """Makes a patch embedder keep what goes in; gives its matrix `[hidden, 64]`."""
+    nn.init.orthogonal_(embedder_weight)
+    return embedder_weight.flatten(1)
+
+
+def _write_whole_patches(weight: torch.Tensor, patch: torch.Tensor, gain: float) -> None:
+    """Random weights whose outputs are constant over the four latents of a patch."""
+    hidden, inputs = weight.shape
+    even = torch.kron(torch.eye(16), torch.full((1, 4), 0.5))
+    weight.copy_(patch @ even.T @ torch.randn(16, inputs) * gain * (16 / hidden / inputs) ** 0.5)

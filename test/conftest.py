@@ -67,7 +67,10 @@ def t5_server(t5_folder: Path) -> Iterator[LocalServer]:
 
 @pytest.fixture(scope="session")
 def two_worker_server(t5_folder: Path) -> Iterator[LocalServer]:
-    with LocalServer(t5_folder, "--device", "cpu", "--tokenizer-worker-num", "2") as server:
+    # uvicorn kills a worker that is not up in time, and 10 s are too few on a busy machine.
+    patience = {"SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "120"}
+    arguments = ("--device", "cpu", "--tokenizer-worker-num", "2")
+    with LocalServer(t5_folder, *arguments, environment=patience) as server:
         yield server
 
 

@@ -113,8 +113,15 @@ def make(folder: str, options: dict[str, Any], made: str) -> None:
             )
             assert results is not None, f"{folder} with {options} made no picture of {name}"
             for i, result in enumerate(results if isinstance(results, list) else [results]):
-                pictures[f"{name}.{i}"] = np.asarray(result.samples) * 255
+                pictures[f"{name}.{i}"] = _pixels(result.samples)
     np.savez(made, allow_pickle=False, **pictures)
+
+
+def _pixels(samples: Any) -> np.ndarray:
+    """Samples of 0 to 1 as pixels of 0 to 255."""
+    import torch
+
+    return torch.as_tensor(samples).float().numpy() * 255
 
 
 if __name__ == "__main__":

@@ -25,7 +25,12 @@ class Service(Program):
     def __init__(self, flux: Path, folder: Path):
         self.relay = Relay()
         self.url = Relay().url
-        flags = ports() | {"port": self.url.rpartition(":")[2], "srt_encoder_timeout": TIMEOUT}
+        flags = ports() | {
+            "port": self.url.rpartition(":")[2],
+            "srt_encoder_timeout": TIMEOUT,
+            "output_path": folder,
+            "input_save_path": folder,
+        }
         command = [str(Path(sys.executable).with_name("sglang")), "serve", str(flux)]
         for name, value in flags.items():
             command += ["--" + name.replace("_", "-"), str(value)]

@@ -212,7 +212,7 @@ def test_inputs_with_wants_of_their_own_come_back_in_order(kind, t5_server, t5_r
         assert tuple(output.hidden_states) == one.spec.layers
         for layer in one.spec.layers:
             expected = states[layer][one.spec.skip :]
-            torch.testing.assert_close(output.hidden_states[layer], expected, rtol=0, atol=2e-6)
+            torch.testing.assert_close(output.hidden_states[layer], expected, rtol=1e-5, atol=5e-6)
 
 
 def test_threads_share_a_client(t5_server, t5_reference):
@@ -224,7 +224,7 @@ def test_threads_share_a_client(t5_server, t5_reference):
                 ids = list(range(first, first + n))
                 [output] = client.encode(ids)
                 torch.testing.assert_close(
-                    output.last_hidden_state, t5_reference(ids)[-1], rtol=0, atol=2e-6
+                    output.last_hidden_state, t5_reference(ids)[-1], rtol=1e-5, atol=5e-6
                 )
         except BaseException as error:
             errors.append(error)

@@ -154,7 +154,7 @@ def test_a_sliding_window_is_refused_where_it_would_matter() -> None:
             if length == 10:
                 layer(*qkv, batch, save_kv_cache=False)
                 continue
-            with pytest.raises(ValueError, match="sliding window.* 9 tokens.* 11"):
+            with pytest.raises(ValueError, match=r"sliding window.* 9 tokens.* 11"):
                 layer(*qkv, batch, save_kv_cache=False)
 
 

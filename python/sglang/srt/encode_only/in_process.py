@@ -8,6 +8,7 @@ changed: each encoder has a context of its own, in which it is the only rank.
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -126,6 +127,8 @@ class InProcessEncoder:
         """Gives back the memory of the model. A second call does nothing."""
         with _ONE_AT_A_TIME:
             self._model = self._attention = None
+            # srt's parameters and layers refer to one another.
+            gc.collect()
 
     def _batches(self, inputs: Sequence[EncodeInput]) -> Iterator[list[EncodeInput]]:
         """Splits `inputs`, in order, by the token budget."""

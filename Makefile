@@ -1,0 +1,44 @@
+# `make demo` and `make test` are enough on a fresh machine; each makes the environment it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find python/sglang -name '*.py') python/pyproject.toml
+
+export HF_HUB_OFFLINE = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint dev lock clean
+
+demo: $(VENV)/package
+	@$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/package
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+# The package as a user gets it: a wheel. It is installed again when its sources change.
+$(VENV)/package: $(VENV)/environment $(SOURCES)
+	@$(BIN)/pip install -q --no-deps --force-reinstall ./python
+	@touch $@
+
+$(VENV)/environment: python/pyproject.toml python/constraints.txt
+	@echo "Installing sglang and what it needs into $(VENV): 11 GB, about 8 minutes the first time."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q -c python/constraints.txt "./python[dev]"
+	@touch $@
+
+# For working on it: an edit shows without reinstalling.
+dev: $(VENV)/environment
+	$(BIN)/pip install -q --no-deps --force-reinstall -e ./python
+	@touch -d tomorrow $(VENV)/package
+
+lock: $(VENV)/environment
+	$(BIN)/pip freeze --exclude sglang-encoder | sort -f > python/constraints.txt
+
+clean:
+	rm -rf $(VENV) build

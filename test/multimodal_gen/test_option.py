@@ -1,0 +1,101 @@
+"""The ways in which `--srt-encoders` reaches a pipeline, and what is refused at the start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server_args_module():
+    apply_plugin_hooks()
+
+
+def given(folder: Path, **arguments) -> object:
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
+
+    config = ServerArgs.from_kwargs(model_path=str(folder), **arguments).pipeline_config
+    return getattr(config, "srt_encoders", None)
+
+
+def parsed(folder: Path, *flags: str) -> object:
+    from sglang.multimodal_gen.runtime.server_args import prepare_server_args
+
+    config = prepare_server_args(["--model-path", str(folder), *flags]).pipeline_config
+    return getattr(config, "srt_encoders", None)
+
+
+def test_it_is_native_without_the_option(flux: Path):
+    assert given(flux) is None and parsed(flux) is None
+
+
+@pytest.mark.parametrize(
+    "option", ["srt", ["text_encoder_2=srt"], {"text_encoder_2": ["http://10.0.0.7:30000"]}]
+)
+def test_python(flux: Path, option: object):
+    assert given(flux, srt_encoders=option) == option
+
+
+def test_command_line(flux: Path):
+    places = ["text_encoder=native", "text_encoder_2=http://10.0.0.7:30000,http://10.0.0.8:30000"]
+    assert parsed(flux, "--srt-encoders", *places) == places
+    one_by_one = [part for place in places for part in ("--srt-encoders", place)]
+    assert parsed(flux, *one_by_one) == places
+    assert parsed(flux, "--srt-encoders=srt") == ["srt"]
+
+
+def test_config_file(flux: Path, tmp_path: Path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"srt_encoders": "srt"}))
+    assert parsed(flux, "--config", str(file)) == "srt"
+    assert parsed(flux, "--config", str(file), "--srt-encoders", "native") == ["native"]
+
+
+def test_pipeline_config(flux: Path, tmp_path: Path):
+    file = tmp_path / "pipeline.json"
+    file.write_text(json.dumps({"srt_encoders": {"text_encoder_2": "srt"}}))
+    assert given(flux, pipeline_config_path=str(file)) == {"text_encoder_2": "srt"}
+    assert given(flux, pipeline_config_path=str(file), srt_encoders="native") == "native"
+    assert given(flux, pipeline_config={"srt_encoders": "srt"}) == "srt"
+
+
+def test_pipeline_config_object(flux: Path):
+    from sglang.multimodal_gen.configs.pipeline_configs.flux import FluxPipelineConfig
+
+    config = FluxPipelineConfig()
+    config.srt_encoders = "srt"  # type: ignore[attr-defined]
+    assert given(flux, pipeline_config=config) == "srt"
+    config.srt_encoders = "text_encoder=srt"  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="srt does not serve CLIPTextModel"):
+        given(flux, pipeline_config=config)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("warp", "'warp' is no place for a text encoder"),
+        ("localhost:30000", "a URL without its scheme; write http://localhost:30000"),
+        ("text_encoder_3=srt", "the text encoders of .* are text_encoder, text_encoder_2"),
+        ("text_encoder=srt", "srt does not serve CLIPTextModel"),
+        ("text_encoder_2=srt text_encoder_2=native", "a place for text_encoder_2 twice"),
+    ],
+)
+def test_bad_values_end_the_start(flux: Path, option: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        given(flux, srt_encoders=option)
+    with pytest.raises(ValueError, match=message):
+        parsed(flux, "--srt-encoders", *option.split())
+
+
+def test_options_of_native_weights_are_refused(flux: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="--component-quantizations.text_encoder_2 is for a nat"):
+        given(flux, srt_encoders="srt", component_quantizations={"text_encoder_2": "fp8"})
+    given(flux, srt_encoders="srt", component_quantizations={"text_encoder": "fp8"})
+
+
+def test_a_pipeline_that_runs_in_plain_diffusers_is_refused(flux: Path):
+    with pytest.raises(ValueError, match="runs in plain diffusers"):
+        given(flux, srt_encoders="srt", backend="diffusers")

@@ -1,0 +1,207 @@
+"""An encoder inside the calling process: what it answers, and what it leaves alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from sglang.srt import runtime_context
+from sglang.srt.encode_only.in_process import InProcessEncoder
+from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
+from transformers import LlamaConfig
+
+from checkpoints import random_config, random_inputs, write_t5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("umt5")
+    config = random_config(random.Random(1), "UMT5", num_layers=2, d_model=32, vocab_size=90)
+    write_t5(path, config, "UMT5EncoderModel")
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> Iterator[InProcessEncoder]:
+    encoder = InProcessEncoder(str(folder), device="cpu")
+    yield encoder
+    encoder.close()
+
+
+def some_inputs(count: int = 30, vocab_size: int = 90) -> list[EncodeInput]:
+    ids = random_inputs(random.Random(2), count, vocab_size, longest=100)
+    return [EncodeInput(token_ids=one) for one in ids]
+
+
+def test_info(encoder: InProcessEncoder, folder: Path) -> None:
+    info = encoder.info
+    assert info.model == str(folder)
+    assert (info.architecture, info.num_layers, info.hidden_size) == ("UMT5EncoderModel", 2, 32)
+    assert (info.vocab_size, info.dtype) == (90, "float32")
+    assert (info.pooled_size, info.causal) == (None, False)
+    assert info.max_length >= 512
+
+
+def test_a_token_budget_splits_what_is_asked(encoder: InProcessEncoder, folder: Path) -> None:
+    inputs = some_inputs()
+    whole = encoder.encode(inputs)
+    small = InProcessEncoder(str(folder), device=torch.device("cpu"), max_tokens=64)
+    for one, other in zip(small.encode(inputs), whole, strict=True):
+        torch.testing.assert_close(one.last_hidden_state, other.last_hidden_state)
+    small.close()
+    assert encoder.encode([]) == []
+
+
+def test_encoders_are_independent(encoder: InProcessEncoder, tmp_path: Path) -> None:
+    inputs = some_inputs()
+    before = encoder.encode(inputs)
+    config = random_config(random.Random(9), "T5", num_layers=3, d_model=48, vocab_size=90)
+    model = write_t5(tmp_path, config)
+    other = InProcessEncoder(str(tmp_path), dtype=torch.bfloat16, device="cpu")
+    states = other.encode(inputs[:1])[0].last_hidden_state
+    assert states.dtype == torch.bfloat16
+    with torch.no_grad():
+        expected = model(torch.tensor([inputs[0].token_ids])).last_hidden_state[0]
+    assert (states.float() - expected).norm() < 1e-2 * expected.norm()
+    for one, again in zip(before, encoder.encode(inputs), strict=True):
+        assert torch.equal(one.last_hidden_state, again.last_hidden_state)
+    other.close()
+    encoder.encode(inputs[:1])
+
+
+def test_threads_may_share_encoders(encoder: InProcessEncoder, folder: Path) -> None:
+    half = InProcessEncoder(str(folder), dtype="float16", device="cpu")
+    inputs = some_inputs()
+    expected = {one: one.encode(inputs) for one in (encoder, half)}
+    wrong: list[str] = []
+
+    def work(one: InProcessEncoder) -> None:
+        for _ in range(10):
+            for out, right in zip(one.encode(inputs), expected[one], strict=True):
+                if not torch.equal(out.last_hidden_state, right.last_hidden_state):
+                    wrong.append(one.info.dtype)
+
+    threads = [threading.Thread(target=work, args=(one,)) for one in (encoder, half) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    half.close()
+    assert not wrong
+
+
+def test_bad_input_names_the_input(encoder: InProcessEncoder) -> None:
+    good = EncodeInput(token_ids=[1, 2, 3])
+    for bad, message in (
+        (EncodeInput(token_ids=[]), "Input 1: An input has no tokens"),
+        (EncodeInput(token_ids=[1, 90]), "Input 1: Token id 90 is out of range"),
+        (EncodeInput(token_ids=[1] * 3000), "Input 1: An input has 3000 tokens"),
+        (EncodeInput(token_ids=[1], spec=EncodeSpec(layers=(3,))), "Input 1: `layers` holds 3"),
+        (EncodeInput(token_ids=[1], spec=EncodeSpec(attend=2)), "Input 1: `attend` is 2"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            encoder.encode([good, bad])
+    assert len(encoder.encode([good])) == 1
+
+
+def test_what_is_no_encoder(tmp_path: Path) -> None:
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*T5EncoderModel"):
+        InProcessEncoder(str(tmp_path), device="cpu")
+
+
+def test_arguments_that_contradict_the_mode(folder: Path) -> None:
+    with pytest.raises(ValueError, match="--chunked-prefill-size 64 contradicts"):
+        InProcessEncoder(str(folder), device="cpu", chunked_prefill_size=64)
+
+
+def test_closing_gives_the_memory_back(folder: Path) -> None:
+    encoder = InProcessEncoder(str(folder), device="cpu")
+    [output] = encoder.encode([EncodeInput(token_ids=[1, 2])])
+    weights = [weakref.ref(param) for param in encoder._model.parameters()]
+    encoder.close()
+    encoder.close()
+    assert all(weight() is None for weight in weights)
+    assert output.last_hidden_state.shape == (2, 32)
+    with pytest.raises(ValueError, match="is closed"):
+        encoder.encode([EncodeInput(token_ids=[1, 2])])
+
+
+def test_the_process_is_as_before(folder: Path) -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    context, threads = runtime_context.get_context(), torch.get_num_threads()
+    encoder = InProcessEncoder(str(folder), dtype="float16", device="cpu")
+    encoder.encode([EncodeInput(token_ids=[1, 2])])
+    encoder.close()
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+    assert torch.get_default_dtype() == torch.float32
+    assert runtime_context.get_context() is context
+    assert not torch.distributed.is_initialized()
+
+
+HOST = """
+import os, sys
+import torch
+from sglang.multimodal_gen.runtime.distributed import parallel_state as host
+from sglang.srt.distributed import parallel_state as srt
+from sglang.srt.runtime_context import get_parallel
+
+host.maybe_init_distributed_environment_and_model_parallel(tp_size=2, sp_size=1)
+
+def seen():
+    names = ("_WORLD", "_TP", "_ATTN_TP", "_MOE_TP", "_MOE_EP", "_PP")
+    parallel = get_parallel()
+    return [getattr(srt, name) for name in names], parallel.tp_group, parallel.tp_size
+
+if os.environ["RANK"] == "0":
+    from sglang.srt.encode_only.in_process import InProcessEncoder
+    from sglang.srt.encode_only.request import EncodeInput
+
+    before = seen()
+    encoder = InProcessEncoder(sys.argv[1], device="cpu")
+    [output] = encoder.encode([EncodeInput(token_ids=[1, 2, 3])])
+    torch.save(output.last_hidden_state, sys.argv[2])
+    assert seen() == before
+assert get_parallel().tp_group.all_reduce(torch.ones(1)) == 2
+"""
+
+
+def test_one_rank_of_a_parallel_host(
+    folder: Path, encoder: InProcessEncoder, tmp_path: Path
+) -> None:
+    """In one of two diffusion workers that share a tensor-parallel group, and use it afterwards."""
+    result = tmp_path / "states.pt"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(folder), str(result)],
+            env=os.environ
+            | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        for worker in workers:
+            _, errors = worker.communicate(timeout=240)
+            assert worker.returncode == 0, errors
+    finally:
+        for worker in workers:
+            worker.kill()
+    [expected] = encoder.encode([EncodeInput(token_ids=[1, 2, 3])])
+    torch.testing.assert_close(torch.load(result), expected.last_hidden_state)
