@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 BLUR = torch.tensor([0.25, 0.5, 0.25])
-RECENT = torch.tensor([0.2, 0.3, 0.5])
-"""A decoder's weights for the frame before the last one, the last one, and this one."""
+STILL = torch.tensor([0.0, 0.0, 1.0])
+HALFWAY = torch.tensor([0.0, 0.5, 0.5])
+"""A video decoder's weights for the last frame but one, the last one and this one."""
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def scale_flux_transformer(transformer: nn.Module) -> None:
             r"\.ff\.net\.2\.weight": 0.1,
             r"single_transformer_blocks\.\d\.proj_out\.weight": 0.1,
         },
-        {r"\.to_q\.bias": 1.0, r"\.norm\d?\.linear\.bias": 0.3},
+        {r"\.to_q\.bias": 1.0, r"\.norm\d?\.linear\.bias": 0.5},
     )
     for name, parameter in transformer.named_parameters():
         if re.search(r"\.norm_(added_)?[qk]\.", name):
@@ -86,19 +87,17 @@ def scale_decoder(vae: nn.Module, contrast: float) -> None:
         if not isinstance(conv, nn.Conv2d | nn.Conv3d):
             continue
         outputs, inputs = conv.weight.shape[:2]
-        mix = torch.randn(outputs, inputs) * inputs**-0.5
-        if name.endswith("conv2"):
-            mix *= 0.25
-        elif name.endswith("conv_out"):
-            mix *= contrast
-        elif name.endswith("time_conv"):
-            mix = mix[: outputs // 2].repeat(2, 1)
-        kernel = torch.ones(())
-        for size in conv.kernel_size[-2:]:
-            kernel = kernel[..., None] * (BLUR if size == 3 else torch.ones(1))
-        if isinstance(conv, nn.Conv3d):
-            kernel = (RECENT if conv.kernel_size[0] == 3 else torch.ones(1))[:, None, None] * kernel
-        conv.weight.copy_(torch.tensordot(mix, kernel, 0))
+        if name.endswith("time_conv"):
+            # It adds a frame before this one.
+            mix = torch.eye(inputs)[..., None]
+            mix = torch.cat([mix * HALFWAY, mix * STILL])
+        else:
+            gain = {"conv2": 0.25, "conv_out": contrast}.get(name.rsplit(".", 1)[-1], 1.0)
+            mix = torch.randn(outputs, inputs) * gain * inputs**-0.5
+            if isinstance(conv, nn.Conv3d):
+                mix = mix[..., None] * STILL[-conv.kernel_size[0] :]
+        blur = torch.outer(BLUR, BLUR) if conv.kernel_size[-1] == 3 else torch.ones(1, 1)
+        conv.weight.copy_(torch.tensordot(mix, blur, 0))
         nn.init.zeros_(conv.bias)
 
 

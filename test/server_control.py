@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import httpx
 import psutil
+import torch
 from sglang.srt.encode_only.local_server import LocalServer
 
 API_KEY = "open sesame"
@@ -37,3 +38,8 @@ def metric(server: LocalServer, name: str) -> float:
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
     values = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)]
     return sum(values)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for the rounding of fp32 in another order; what another input gives is far off."""
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-6)

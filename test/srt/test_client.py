@@ -12,8 +12,7 @@ from sglang.srt.encode_only import wire
 from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient, EncoderUnavailable
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncodeSpec, RequestError
 
-from conftest import API_KEY
-from server_control import frozen_scheduler
+from server_control import API_KEY, assert_close, frozen_scheduler
 
 
 def call(kind, url, method, *args, timeout=10.0, api_key=None, **kwargs):
@@ -212,7 +211,7 @@ def test_inputs_with_wants_of_their_own_come_back_in_order(kind, t5_server, t5_r
         assert tuple(output.hidden_states) == one.spec.layers
         for layer in one.spec.layers:
             expected = states[layer][one.spec.skip :]
-            torch.testing.assert_close(output.hidden_states[layer], expected, rtol=1e-5, atol=5e-6)
+            assert_close(output.hidden_states[layer], expected)
 
 
 def test_threads_share_a_client(t5_server, t5_reference):
@@ -223,9 +222,7 @@ def test_threads_share_a_client(t5_server, t5_reference):
             for n in range(3, 9):
                 ids = list(range(first, first + n))
                 [output] = client.encode(ids)
-                torch.testing.assert_close(
-                    output.last_hidden_state, t5_reference(ids)[-1], rtol=1e-5, atol=5e-6
-                )
+                assert_close(output.last_hidden_state, t5_reference(ids)[-1])
         except BaseException as error:
             errors.append(error)
 
@@ -247,34 +244,53 @@ def test_one_key_for_all(guarded_server):
         assert call(kind, guarded_server.url, "encode", "a text", api_key=API_KEY)
 
 
-@both
-def test_a_server_that_is_killed_under_a_request(kind, guarded_server):
+def test_a_server_that_is_killed_under_requests(guarded_server):
+    """Whoever waits hears of it, whoever comes later too; a client outlives its server."""
     url = guarded_server.url
     failures = []
 
-    def wait():
+    def wait(kind):
         try:
             call(kind, url, "encode", "a text", api_key=API_KEY, timeout=120)
         except EncoderUnavailable as error:
-            failures.append(error)
+            failures.append(str(error))
 
-    with frozen_scheduler(guarded_server):
-        threads = [threading.Thread(target=wait) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        time.sleep(2)
-        guarded_server.process.kill()
-        for thread in threads:
-            thread.join(30)
-    assert [url in str(error) for error in failures] == [True] * 3
-    with pytest.raises(EncoderUnavailable, match="refused"):
-        call(kind, url, "encode", "a text", api_key=API_KEY)
-    guarded_server.restart()
-
-
-def test_a_client_outlives_its_server(guarded_server):
-    with EncoderClient(guarded_server.url, api_key=API_KEY) as client:
+    with EncoderClient(url, api_key=API_KEY) as client:
         before = client.encode("a text")[0].last_hidden_state
+        with frozen_scheduler(guarded_server):
+            threads = [threading.Thread(target=wait, args=(kind,)) for kind in ("sync", "async")]
+            for thread in threads:
+                thread.start()
+            time.sleep(2)
+            guarded_server.process.kill()
+            for thread in threads:
+                thread.join(30)
+        assert [url in failure for failure in failures] == [True, True]
+        for kind in ("sync", "async"):
+            with pytest.raises(EncoderUnavailable, match="refused"):
+                call(kind, url, "encode", "a text", api_key=API_KEY)
         guarded_server.restart()
-        after = client.encode("a text")[0].last_hidden_state
-    assert torch.equal(before, after)
+        assert torch.equal(client.encode("a text")[0].last_hidden_state, before)
+
+
+def test_a_server_that_is_asked_to_stop(guarded_server):
+    """What it has taken is answered, what comes later is refused, and then it ends."""
+    answers = []
+
+    def wait():
+        answers.append(call("sync", guarded_server.url, "encode", [5, 6, 7], api_key=API_KEY))
+
+    with EncoderClient(guarded_server.url, api_key=API_KEY) as client:
+        client.encode("a text")
+        with frozen_scheduler(guarded_server):
+            waiting = threading.Thread(target=wait)
+            waiting.start()
+            time.sleep(2)
+            guarded_server.process.terminate()
+            time.sleep(1)
+            with pytest.raises(EncoderUnavailable, match="503, The server is shutting down"):
+                client.encode("too late")
+        waiting.join(30)
+    assert [output.prompt_tokens for [output] in answers] == [3]
+    guarded_server.process.wait(60)
+    guarded_server.restart()

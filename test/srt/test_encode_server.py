@@ -20,10 +20,8 @@ from sglang.srt.encode_only import wire
 from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient
 from sglang.srt.encode_only.request import RequestError
 
-from conftest import API_KEY, QUEUE
-from server_control import frozen_scheduler, metric
+from server_control import API_KEY, QUEUE, assert_close, frozen_scheduler, metric
 
-TOLERANCE = {"rtol": 1e-5, "atol": 5e-6}
 TEXTS = ["a lighthouse at dusk", "two foxes", "An old map of the harbour, in ink and wash."]
 
 
@@ -61,7 +59,7 @@ def test_every_layer(client, t5_reference, rng, length):
     expected = t5_reference(ids)
     assert list(output.hidden_states) == layers
     for layer in layers:
-        torch.testing.assert_close(output.hidden_states[layer], expected[layer], **TOLERANCE)
+        assert_close(output.hidden_states[layer], expected[layer])
     assert (output.prompt_tokens, output.truncated) == (length, False)
 
 
@@ -69,7 +67,7 @@ def test_a_ragged_batch(client, t5_reference, rng):
     rows = [some_ids(rng, rng.randint(1, 60)) for _ in range(64)]
     outputs = client.encode(rows)
     for ids, output in zip(rows, outputs, strict=True):
-        torch.testing.assert_close(output.last_hidden_state, t5_reference(ids)[-1], **TOLERANCE)
+        assert_close(output.last_hidden_state, t5_reference(ids)[-1])
 
 
 def test_attend_and_skip(client, t5_reference, rng):
@@ -79,9 +77,7 @@ def test_attend_and_skip(client, t5_reference, rng):
     for ids, keys, output in zip(rows, attend, outputs, strict=True):
         expected = t5_reference(ids, keys)
         for layer in (1, -1):
-            torch.testing.assert_close(
-                output.hidden_states[layer], expected[layer][4:], **TOLERANCE
-            )
+            assert_close(output.hidden_states[layer], expected[layer][4:])
 
 
 def test_texts_are_tokenized_as_the_tokenizer_does(client, t5_tokenizer):
@@ -91,14 +87,14 @@ def test_texts_are_tokenized_as_the_tokenizer_does(client, t5_tokenizer):
     for outputs in (client.encode(TEXTS), [client.encode(text)[0] for text in TEXTS]):
         for row, a, b in zip(ids, outputs, by_ids, strict=True):
             assert a.prompt_tokens == len(row)
-            torch.testing.assert_close(a.last_hidden_state, b.last_hidden_state, **TOLERANCE)
+            assert_close(a.last_hidden_state, b.last_hidden_state)
 
 
 def test_the_empty_prompt_of_a_pipeline(client, t5_tokenizer, t5_reference):
     ids = t5_tokenizer("")["input_ids"]
     assert ids == [t5_tokenizer.eos_token_id]
     [output] = client.encode(ids)
-    torch.testing.assert_close(output.last_hidden_state, t5_reference(ids)[-1], **TOLERANCE)
+    assert_close(output.last_hidden_state, t5_reference(ids)[-1])
 
 
 def test_a_text_is_cut_on_request_and_that_is_reported(client, t5_tokenizer):
@@ -110,9 +106,7 @@ def test_a_text_is_cut_on_request_and_that_is_reported(client, t5_tokenizer):
         11,
         len(t5_tokenizer("short")["input_ids"]),
     ]
-    torch.testing.assert_close(
-        outputs[0].last_hidden_state, client.encode(expected)[0].last_hidden_state, **TOLERANCE
-    )
+    assert_close(outputs[0].last_hidden_state, client.encode(expected)[0].last_hidden_state)
     assert expected[-1] == t5_tokenizer.eos_token_id
 
 
@@ -179,7 +173,7 @@ def test_many_callers_get_their_own(t5_server, t5_reference, rng):
         ]
         outputs = [output for future in futures for output in future.result()]
     for ids, output in zip(rows, outputs, strict=True):
-        torch.testing.assert_close(output.last_hidden_state, t5_reference(ids)[-1], **TOLERANCE)
+        assert_close(output.last_hidden_state, t5_reference(ids)[-1])
 
 
 def test_embeddings_are_means_over_tokens(t5_server, t5_tokenizer, t5_reference):
@@ -194,9 +188,7 @@ def test_embeddings_are_means_over_tokens(t5_server, t5_tokenizer, t5_reference)
         rows = [item["embedding"] for item in answer.json()["data"]]
         if form == "base64":
             rows = [np.frombuffer(base64.b64decode(row), dtype=np.float32) for row in rows]
-        torch.testing.assert_close(
-            torch.tensor(np.array(rows), dtype=torch.float32), means, **TOLERANCE
-        )
+        assert_close(torch.tensor(np.array(rows, dtype=np.float32)), means)
 
 
 def test_a_caller_who_goes_away_takes_the_request_along(t5_server, client):
@@ -284,9 +276,7 @@ def test_two_tokenizer_workers(two_worker_server, t5_reference, rng):
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         for ids, outputs in zip(rows, pool.map(ask, rows), strict=True):
             for row, output in zip((ids, ids[::-1]), outputs, strict=True):
-                torch.testing.assert_close(
-                    output.last_hidden_state, t5_reference(row)[-1], **TOLERANCE
-                )
+                assert_close(output.last_hidden_state, t5_reference(row)[-1])
     for _ in range(8):
         answer = httpx.post(f"{two_worker_server.url}/generate", json={"text": "a"}, timeout=60)
         assert answer.status_code == 400
@@ -326,4 +316,4 @@ def test_the_offline_engine_returns_tensors(t5_folder, t5_tokenizer, t5_referenc
     references += [[s[1:] for s in t5_reference([7, 8, 9, 1], 2)], t5_reference(ids[1])]
     for states, expected in zip(torch.load(saved), references, strict=True):
         for layer, tensor in states.items():
-            torch.testing.assert_close(tensor, expected[layer], **TOLERANCE)
+            assert_close(tensor, expected[layer])

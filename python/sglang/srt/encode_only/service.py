@@ -78,9 +78,7 @@ class EncodeService:
         if self._manager.server_status == ServerStatus.UnHealthy:
             raise RequestError("The scheduler does not answer health checks.", status=503)
 
-    async def encode(
-        self, request: EncodeRequest, raw_request: fastapi.Request | None = None
-    ) -> list[EncodeOutput]:
+    async def encode(self, request: EncodeRequest) -> list[EncodeOutput]:
         """The answer for each input of `request`, in its order.
 
         Cancelling this takes the inputs out of the scheduler's queue.
@@ -89,7 +87,7 @@ class EncodeService:
             RequestError: it cannot be served; 429 where the queue is full.
         """
         inputs, truncated = await self.prepare(request)
-        return await self.run(inputs, truncated, raw_request)
+        return await self.run(inputs, truncated)
 
     async def prepare(self, request: EncodeRequest) -> tuple[list[EncodeInput], list[bool]]:
         """`request`'s inputs, tokenized and checked, and whether each was cut.
@@ -128,7 +126,11 @@ class EncodeService:
         truncated: Sequence[bool],
         raw_request: fastapi.Request | None = None,
     ) -> list[EncodeOutput]:
-        """Submits checked inputs as one batch and waits for their answers."""
+        """Submits checked inputs as one batch and waits for their answers.
+
+        Args:
+            raw_request: whose headers tracing and the request log take, and whose caller may leave.
+        """
         batch = EmbeddingReqInput(
             input_ids=[list(one.token_ids) for one in inputs],
             sampling_params=[{"custom_params": one.spec.to_params()} for one in inputs],

@@ -15,7 +15,7 @@ from __future__ import annotations
 import collections
 import logging
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -313,7 +313,7 @@ class T5EncoderModel(nn.Module):
             ),
             "encoder.final_layer_norm.weight": Destination(self.final_norm, (hidden,)),
         }
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(cast("Iterable[T5Block]", self.blocks)):
             attention, feed_forward = block.attention, block.feed_forward
             first, second = (f"encoder.block.{i}.layer.{half}" for half in (0, 1))
             to[f"{first}.layer_norm.weight"] = Destination(block.attention_norm, (hidden,))

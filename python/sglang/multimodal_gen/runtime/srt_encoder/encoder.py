@@ -10,14 +10,14 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from sglang.multimodal_gen.configs.models.encoders import (
-    BaseEncoderOutput,
-    EncoderConfig,
-    TextEncoderConfig,
-)
+from sglang.multimodal_gen.configs.models.encoders import BaseEncoderOutput, EncoderConfig
 from sglang.multimodal_gen.runtime.distributed.group_coordinator import GroupCoordinator
-from sglang.multimodal_gen.runtime.models.encoders.base import TextEncoder
+from sglang.multimodal_gen.runtime.models.encoders.base import (
+    EncoderTensorParallelMixin,
+    TextEncoder,
+)
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
+from torch import nn
 
 Encode = Callable[[list[EncodeInput]], list[EncodeOutput]]
 
@@ -26,8 +26,12 @@ class EncoderError(RuntimeError):
     """A prompt could not be encoded; the message names the component, and the server if any."""
 
 
-class SrtTextEncoder(TextEncoder):
+@TextEncoder.register
+class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
     """A T5-family text encoder without weights.
+
+    It counts as a `TextEncoder`, whose results the runtime keeps between requests, but does not
+    derive from it: a class that does has layers to move between host and device.
 
     Args:
         config: of the pipeline's encoder, as for a native one.
@@ -39,6 +43,9 @@ class SrtTextEncoder(TextEncoder):
             None where there is one rank.
     """
 
+    # Splitting a batch between ranks would make each of them ask.
+    supports_dp_encode = False
+
     def __init__(
         self,
         config: EncoderConfig,
@@ -49,7 +56,8 @@ class SrtTextEncoder(TextEncoder):
         dtype: torch.dtype,
         group: GroupCoordinator | None = None,
     ):
-        super().__init__(cast(TextEncoderConfig, config))
+        super().__init__()
+        self.config = config
         self.component = component
         self.hidden_size = hidden_size
         self.dtype = dtype

@@ -6,6 +6,8 @@ to which it leaves the native ones. Where an encoder runs is read in `placement.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.multimodal_gen.configs.models.encoders import EncoderConfig
 from sglang.multimodal_gen.runtime.distributed import (
@@ -26,7 +28,6 @@ from sglang.multimodal_gen.runtime.srt_encoder.placement import Native, Placemen
 from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers, Expected
 from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import get_diffusers_component_config
 from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
-from torch import nn
 
 
 class SrtTextEncoderLoader(TextEncoderLoader):
@@ -40,7 +41,7 @@ class SrtTextEncoderLoader(TextEncoderLoader):
         server_args: ServerArgs,
         component_name: str,
         component_starts_on_cpu: bool | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         placement = placement_of(server_args, component_name, self.component_architecture)
         if isinstance(placement, Native):
             return super().load_customized(
