@@ -22,8 +22,9 @@ lint: $(VENV)/package
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # The package as a user gets it: a wheel. It is installed again when its sources change.
+# After `make dev` it stays editable.
 $(VENV)/package: $(VENV)/environment $(SOURCES)
-	@$(BIN)/pip install -q --no-deps --force-reinstall ./python
+	@test -e $(VENV)/editable || $(BIN)/pip install -q --no-deps --force-reinstall ./python
 	@touch $@
 
 $(VENV)/environment: python/pyproject.toml python/constraints.txt
@@ -35,10 +36,10 @@ $(VENV)/environment: python/pyproject.toml python/constraints.txt
 # For working on it: an edit shows without reinstalling.
 dev: $(VENV)/environment
 	$(BIN)/pip install -q --no-deps --force-reinstall -e ./python
-	@touch -d tomorrow $(VENV)/package
+	@touch $(VENV)/editable $(VENV)/package
 
 lock: $(VENV)/environment
-	$(BIN)/pip freeze --exclude sglang-encoder | sort -f > python/constraints.txt
+	$(BIN)/pip freeze --exclude sglang-encoder | grep -v '^#' | sort -f > python/constraints.txt
 
 clean:
 	rm -rf $(VENV) build

@@ -40,16 +40,28 @@ PROMPTS = (
     "A jazz trio plays in a cellar, smoke in the spotlight, grainy black and white.",
 )
 SETTINGS = {"width": 128, "height": 128, "num_inference_steps": 6, "seed": 1, "save_output": False}
+FLOAT32 = {"dit_precision": "fp32", "vae_precision": "fp32"}
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One family: its folder's name, the component that moves to srt, and what is generated."""
+    """One family.
+
+    Attributes:
+        title: for the reader.
+        name: of its folder, by which sglang knows the family.
+        component: the text encoder that moves to srt.
+        tokenizer: the folder of that encoder's tokenizer.
+        precisions: float32 throughout, since in bfloat16 two correct encoders of random weights
+            round differently enough to be seen.
+        settings: of a generation.
+    """
 
     title: str
     name: str
     component: str
     tokenizer: str
+    precisions: dict[str, object]
     settings: dict[str, object]
 
     @property
@@ -58,12 +70,20 @@ class Pipeline:
 
 
 PIPELINES = (
-    Pipeline("FLUX.1, T5", "FLUX.1-dev", "text_encoder_2", "tokenizer_2", {}),
+    Pipeline(
+        "FLUX.1, T5",
+        "FLUX.1-dev",
+        "text_encoder_2",
+        "tokenizer_2",
+        {**FLOAT32, "text_encoder_precisions": ["fp32", "fp32"]},
+        {},
+    ),
     Pipeline(
         "Wan 2.1, UMT5",
         "Wan2.1-T2V-1.3B-Diffusers",
         "text_encoder",
         "tokenizer",
+        {**FLOAT32, "text_encoder_precisions": ["fp32"]},
         {"num_frames": 9, "negative_prompt": "blurry, dark"},
     ),
 )
@@ -88,15 +108,16 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def generate(folder: str, srt_encoders: str, settings: dict[str, object], made: str) -> None:
+def generate(
+    folder: str, options: dict[str, object], settings: dict[str, object], made: str
+) -> None:
     """Generates every prompt with one generator, and saves pixels and encode times to `made`."""
+    import torch
     from sglang.multimodal_gen import DiffGenerator
 
     pixels, encode_ms = [], []
-    options = {"master_port": free_port(), "scheduler_port": free_port()}
-    with DiffGenerator.from_pretrained(
-        model_path=folder, srt_encoders=srt_encoders, **options
-    ) as generator:
+    ports = {"master_port": free_port(), "scheduler_port": free_port()}
+    with DiffGenerator.from_pretrained(model_path=folder, **ports, **options) as generator:
         for prompt in PROMPTS:
             result = generator.generate(
                 sampling_params_kwargs={**SETTINGS, **settings, "prompt": prompt}
@@ -104,7 +125,7 @@ def generate(folder: str, srt_encoders: str, settings: dict[str, object], made: 
             result = result[0] if isinstance(result, list) else result
             if result is None:
                 raise SystemExit(f"No picture was made of {prompt!r}.")
-            pixels.append(film_strip(np.asarray(result.samples, dtype=np.float32)))
+            pixels.append(film_strip(torch.as_tensor(result.samples).float().numpy()))
             stages = result.metrics["stages"]
             encode_ms.append(sum(ms for name, ms in stages.items() if "TextEncoding" in name))
     np.savez(made, pixels=np.stack(pixels), encode_ms=np.array(encode_ms))
@@ -128,14 +149,15 @@ def run_placement(pipeline: Pipeline, placement: str, url: str | None) -> Run:
     made = FOLDER / f"{pipeline.name}-{placement}.npz"
     made.unlink(missing_ok=True)
     where = f"{pipeline.component}={url or placement}"
-    arguments = json.dumps([str(pipeline.folder), where, pipeline.settings, str(made)])
+    options = {**pipeline.precisions, "srt_encoders": where}
+    arguments = json.dumps([str(pipeline.folder), options, pipeline.settings, str(made)])
     with LOG.open("ab") as log:
         status = subprocess.run(
             [sys.executable, __file__, "--generate", arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "SGLANG_DIFFUSION_STAGE_LOGGING": "1"},
         ).returncode
     if status != 0 or not made.exists():
         tail = "\n".join(LOG.read_text(errors="replace").splitlines()[-20:])
@@ -218,7 +240,7 @@ def draw(results: dict[str, dict[str, Run]]) -> None:
 def report(console: Console, results: dict[str, dict[str, Run]]) -> int:
     """Prints the table; the largest difference of all."""
     table = Table(title="Text encoders on srt")
-    for heading in ("pipeline", "encoder", "encode, ms", "largest difference of a pixel"):
+    for heading in ("pipeline", "encoder", "encode stage, ms", "largest difference of a pixel"):
         table.add_column(heading, justify="right" if "ms" in heading else "left")
     worst = 0
     for pipeline in PIPELINES:

@@ -16,6 +16,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+
 from tiny_tokenizers import write_clip_tokenizer, write_t5_tokenizer
 from tiny_weights import (
     scale_decoder,
@@ -28,7 +29,7 @@ FLUX_NAME = "FLUX.1-dev"
 WAN_NAME = "Wan2.1-T2V-1.3B-Diffusers"
 
 
-def write_flux(folder: Path, seed: int = 0) -> Path:
+def write_flux(folder: Path, seed: int = 5) -> Path:
     """Writes a FLUX.1 pipeline: CLIP and T5 encoders, 16 latent channels, 4 pixels a latent.
 
     Args:
@@ -99,7 +100,7 @@ def write_flux(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_wan(folder: Path, seed: int = 0) -> Path:
+def write_wan(folder: Path, seed: int = 1) -> Path:
     """Writes a Wan 2.1 text-to-video pipeline: UMT5 encoder, 16 latent channels, 8 pixels a latent.
 
     Args:

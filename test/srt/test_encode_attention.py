@@ -77,7 +77,7 @@ def attend_both_ways(
         CPU,
     )
     runner = SimpleNamespace(device=CPU, model_config=SimpleNamespace(num_attention_heads=heads))
-    backend = SdpaBackend(runner)  # type: ignore[arg-type]
+    backend = SdpaBackend(runner)
     backend.init_forward_metadata(batch)
     with forward_context(ForwardContext(backend), forward_batch=batch):
         out = layer(q, k, v, batch, save_kv_cache=False, position_bias=bias)
@@ -145,7 +145,7 @@ def test_capped_scores(kv_heads: int, seed: int) -> None:
 def test_a_sliding_window_is_refused_where_it_would_matter() -> None:
     layer = RadixAttention(2, 8, scaling=1.0, num_kv_heads=2, layer_id=0, sliding_window_size=9)
     runner = SimpleNamespace(device=CPU, model_config=SimpleNamespace(num_attention_heads=2))
-    backend = SdpaBackend(runner)  # type: ignore[arg-type]
+    backend = SdpaBackend(runner)
     for length in (10, 11):
         batch = pack([EncodeInput(token_ids=[0] * length)], CPU)
         backend.init_forward_metadata(batch)
@@ -161,7 +161,7 @@ def test_a_sliding_window_is_refused_where_it_would_matter() -> None:
 def test_a_long_sequence_has_no_matrix_of_biases() -> None:
     """Memory for the bias grows with the length, not with its square."""
     runner = SimpleNamespace(device=CPU, model_config=SimpleNamespace(num_attention_heads=8))
-    backend = SdpaBackend(runner)  # type: ignore[arg-type]
+    backend = SdpaBackend(runner)
     backend.init_forward_metadata(pack([EncodeInput(token_ids=[0] * 512)] * 16, CPU))
     masks = backend.plan.masks(random_bias(8), causal=False)
     bytes_held = {m.untyped_storage().data_ptr(): m.untyped_storage().nbytes() for m in masks}

@@ -62,15 +62,15 @@ class InProcessEncoder:
     ):
         load_plugins()
         place = None if device is None else torch.device(device)
-        args = ServerArgs(
-            model_path=model_path,
-            dtype=str(dtype).removeprefix("torch."),
-            device=None if place is None else place.type,
-            is_embedding_encoder=True,
-            skip_tokenizer_init=True,
-            max_prefill_tokens=max_tokens,
-            **server_args,
-        )
+        settings: dict[str, Any] = {
+            "model_path": model_path,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": None if place is None else place.type,
+            "is_embedding_encoder": True,
+            "skip_tokenizer_init": True,
+            "max_prefill_tokens": max_tokens,
+        }
+        args: Any = ServerArgs(**settings, **server_args)
         self.max_tokens = max_tokens
         with _ONE_AT_A_TIME:
             gpu_id = 0 if place is None or place.index is None else place.index
@@ -90,9 +90,8 @@ class InProcessEncoder:
                     ),
                     device_config=DeviceConfig(self.device.type, gpu_id),
                 )
-                # Of a model runner it reads the device and the model's config.
-                self._attention = create_encode_only_backend(self)
-        config = self.model_config
+                self._attention: Any = create_encode_only_backend(self)
+        config: Any = self.model_config
         architecture = config.hf_config.architectures[0]
         self.info = EncoderInfo(
             model=model_path,

@@ -48,13 +48,14 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
     A CPU without instructions for half precision multiplies it several times slower than float32.
     """
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if torch.get_default_device().type == "cpu" and dtype in native and not native[dtype]():
-        return torch.float32
-    return dtype
+    if torch.get_default_device().type != "cpu" or dtype == torch.float32:
+        return dtype
+    if torch.backends.mkldnn.is_available():
+        ops = torch.ops.mkldnn
+        bf16 = dtype == torch.bfloat16
+        if (ops._is_mkldnn_bf16_supported if bf16 else ops._is_mkldnn_fp16_supported)():
+            return dtype
+    return torch.float32
 
 
 def within_range(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -259,6 +260,11 @@ class T5EncoderModel(nn.Module):
         self.quant_config = quant_config
         self.dtype = torch.get_default_dtype()
         dtype = product_dtype(self.dtype) if quant_config is None else self.dtype
+        if dtype != self.dtype:
+            logger.info(
+                "Weights are held in %s: this CPU multiplies no %s.",
+                *(str(x).removeprefix("torch.") for x in (dtype, self.dtype)),
+            )
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList()
         position_bias = None
@@ -373,11 +379,13 @@ class T5EncoderModel(nn.Module):
                 f"The checkpoint lacks {len(missing)} weights of the encoder that its config.json "
                 f"describes: {', '.join(sorted(missing)[:8])}{' ...' if len(missing) > 8 else ''}."
             )
-        logger.info(
+        # Leftovers of an encoder mean that the config describes another one.
+        logger.log(
+            logging.WARNING if unused["encoder"] else logging.INFO,
             "Loaded %d weights of the encoder; skipped %d that it does not use%s.",
             len(destinations),
             unused.total(),
-            "".join(f", {count} of {part}" for part, count in unused.items()),
+            "".join(f", {count} of {part}" for part, count in unused.items() if count),
         )
 
 

@@ -10,7 +10,7 @@ is then the entry r + j of a head's row of biases, so that a strided view of tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-    from sglang.srt.model_executor.model_runner import ModelRunner
 
 # Lengths that differ by less than this are padded to one another.
 LENGTH_STEP = 16
@@ -147,6 +146,13 @@ class BatchPlan:
         return sum(terms[1:], start=terms[0]) if terms else None
 
 
+class Runner(Protocol):
+    """What the backend reads of srt's ModelRunner."""
+
+    device: Any
+    model_config: Any
+
+
 class SdpaBackend(AttentionBackend):
     """Attention of packed sequences within themselves.
 
@@ -154,7 +160,7 @@ class SdpaBackend(AttentionBackend):
     up to their own position; the keys of a request are the first `attend` of its tokens.
     """
 
-    def __init__(self, model_runner: ModelRunner):
+    def __init__(self, model_runner: Runner):
         super().__init__()
         self.device = torch.device(model_runner.device)
         self.heads = model_runner.model_config.num_attention_heads // get_parallel().tp_size
@@ -175,7 +181,7 @@ class SdpaBackend(AttentionBackend):
             "The encode_only attention backend encodes whole prompts; it cannot decode."
         )
 
-    def forward_extend(
+    def forward_extend(  # type: ignore[override]
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -251,5 +257,5 @@ def attend_group(
 
 
 @register_attention_backend("encode_only")
-def create_encode_only_backend(runner: ModelRunner) -> AttentionBackend:
+def create_encode_only_backend(runner: Runner) -> AttentionBackend:
     return SdpaBackend(runner)
