@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from pictures import BATCH, NEGATIVE, SETTINGS, Pictures, Program, Runs, ports
 from relay import Relay
+from safetensors.torch import save_file
 from service import Service
 from sglang.srt.encode_only.local_server import LocalServer
 
@@ -35,10 +37,10 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def without_encoder_weights(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Wan pipeline with rubbish in place of its text encoder's weights."""
+    """The Wan pipeline with none of its text encoder's weights in their file."""
     folder = tmp_path_factory.mktemp("stripped") / wan.name
     shutil.copytree(wan, folder)
-    (folder / "text_encoder" / "model.safetensors").write_bytes(b"no weights")
+    save_file({"nothing": torch.zeros(1)}, folder / "text_encoder" / "model.safetensors")
     return folder
 
 

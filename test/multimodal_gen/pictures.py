@@ -101,6 +101,11 @@ def difference(one: Pictures, other: Pictures) -> float:
     return max(float(np.abs(one[name] - other[name]).max()) for name in one)
 
 
+def image(pictures: Pictures, name: str) -> np.ndarray:
+    """A picture as an image file has it, `[height, width, 3]`."""
+    return np.clip(np.moveaxis(pictures[name].squeeze(), 0, -1), 0, 255).round()
+
+
 def make(folder: str, options: dict[str, Any], made: str) -> None:
     from sglang.multimodal_gen import DiffGenerator
 

@@ -14,6 +14,7 @@ from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncodeSpec
 from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
 from sglang.srt.models import t5_encoder
+from sglang.srt.runtime_context import get_parallel
 from transformers import PreTrainedModel, T5EncoderModel
 from transformers.activations import ACT2CLS
 
@@ -299,3 +300,14 @@ def test_weights_that_the_encoder_does_not_use_are_counted(
         open_encoder(tmp_path)
     assert f"skipped {decoder + 2} that it does not use" in caplog.text
     assert f"{decoder} of decoder" in caplog.text
+
+
+@pytest.mark.parametrize(("field", "size"), [("num_heads", 3), ("d_ff", 33)])
+def test_a_model_that_the_ranks_do_not_divide(field: str, size: int) -> None:
+    config = random_config(random.Random(9), "T5", **{"num_heads": 4, field: size})
+    two_ranks = {"tp_size": 2, "tp_rank": 0, "attn_tp_size": 2, "attn_tp_rank": 0}
+    with (
+        get_parallel().override(**two_ranks),
+        pytest.raises(ValueError, match=f"{field} is {size}, which --tp-size 2 does not divide"),
+    ):
+        t5_encoder.T5EncoderModel(config)

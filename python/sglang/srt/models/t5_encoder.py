@@ -249,12 +249,14 @@ class T5EncoderModel(nn.Module):
         prefix: str = "",
     ):
         super().__init__()
+        # On a CPU, srt adds heads to a number that the ranks do not divide.
+        heads = getattr(config, "original_num_attention_heads", config.num_heads)
         tp_size = get_parallel().tp_size
-        for field in ("num_heads", "d_ff"):
-            if getattr(config, field) % tp_size:
+        for field, size in (("num_heads", heads), ("d_ff", config.d_ff)):
+            if size % tp_size:
                 raise ValueError(
-                    f"{field} is {getattr(config, field)}, which --tp-size {tp_size} does not "
-                    "divide; give a size that does."
+                    f"{field} is {size}, which --tp-size {tp_size} does not divide; "
+                    "give a size that does."
                 )
         self.config = config
         self.quant_config = quant_config
