@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import BATCH, NEGATIVE, SETTINGS, Pictures, Program, Runs, ports
+from pictures import (
+    BATCH,
+    FLOAT32,
+    NEGATIVE,
+    SETTINGS,
+    Pictures,
+    Program,
+    Runs,
+    as_flags,
+    ports,
+)
 from relay import Relay
 from safetensors.torch import save_file
 from service import Service
@@ -47,7 +57,8 @@ def without_encoder_weights(wan: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def native_runs(wan: Path, flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Stock sglang."""
-    runs = Runs(tmp_path_factory.mktemp("native") / "runs", [(wan, {}), (flux, {})], **STOCK)
+    each = [(wan, {}), (flux, FLOAT32)]
+    runs = Runs(tmp_path_factory.mktemp("native") / "runs", each, **STOCK)
     yield runs
     runs.end()
 
@@ -58,10 +69,9 @@ def flux_command(
 ) -> Iterator[Program]:
     """`sglang generate` over the batch, with T5 in the worker."""
     folder = tmp_path_factory.mktemp("generate")
-    flags = {"negative_prompt": NEGATIVE, "output_path": folder} | SETTINGS | ports()
+    flags = {"negative_prompt": NEGATIVE, "output_path": folder} | SETTINGS | FLOAT32 | ports()
     command = [str(Path(sys.executable).with_name("sglang")), "generate", "--model-path", str(flux)]
-    for name, value in flags.items():
-        command += ["--" + name.replace("_", "-"), str(value)]
+    command += as_flags(flags)
     command += ["--prompt", *BATCH, "--srt-encoders", "text_encoder_2=srt"]
     program = Program(command, folder / "log.txt")
     yield program

@@ -31,6 +31,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 SETTINGS: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 11}
 VIDEO: dict[str, Any] = {"num_frames": 5}
+FLOAT32: dict[str, Any] = {
+    "dit_precision": "fp32",
+    "vae_precision": "fp32",
+    "text_encoder_precisions": ["fp32", "fp32"],
+}
+"""For FLUX.1: in bfloat16 the rounding of two correct encoders of random weights can be seen."""
 
 Pictures = dict[str, np.ndarray]
 """Pixels of 0 to 255, by case and place in its batch, such as `batch.2`."""
@@ -85,6 +91,15 @@ class Runs(Program):
         """What each run made, once all have ended."""
         self.wait()
         return [dict(np.load(made)) for made in self._made]
+
+
+def as_flags(options: dict[str, Any]) -> list[str]:
+    """Options of the Python API as a command line."""
+    flags: list[str] = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        flags += ["--" + name.replace("_", "-"), *map(str, values)]
+    return flags
 
 
 def ports() -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from pictures import SETTINGS, Program, ports
+from pictures import FLOAT32, SETTINGS, Program, as_flags, ports
 from PIL import Image
 from relay import Relay
 
@@ -30,11 +30,10 @@ class Service(Program):
             "srt_encoder_timeout": TIMEOUT,
             "output_path": folder,
             "input_save_path": folder,
+            **FLOAT32,
         }
         command = [str(Path(sys.executable).with_name("sglang")), "serve", str(flux)]
-        for name, value in flags.items():
-            command += ["--" + name.replace("_", "-"), str(value)]
-        command += ["--srt-encoders", self.relay.url]
+        command += [*as_flags(flags), "--srt-encoders", self.relay.url]
         super().__init__(command, folder / "log.txt")
 
     def wait_until_ready(self) -> None:
@@ -48,7 +47,7 @@ class Service(Program):
         pytest.fail(f"It ended:\n{self.output()[-4000:]}")
 
     def generate(self, **request: object) -> httpx.Response:
-        body = {"response_format": "b64_json", "size": "64x64"} | SETTINGS | request
+        body = {"response_format": "b64_json", "output_format": "png"} | SETTINGS | request
         return httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=120)
 
     def error(self, prompt: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -22,10 +23,14 @@ def given(folder: Path, **arguments) -> object:
 
 
 def parsed(folder: Path, *flags: str) -> object:
-    from sglang.multimodal_gen.runtime.server_args import prepare_server_args
+    """What `sglang serve` makes of `flags`."""
+    from sglang.multimodal_gen.runtime.entrypoints.cli.serve import add_multimodal_gen_serve_args
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
-    config = prepare_server_args(["--model-path", str(folder), *flags]).pipeline_config
-    return getattr(config, "srt_encoders", None)
+    argv = ["--model-path", str(folder), *flags]
+    parser = add_multimodal_gen_serve_args(argparse.ArgumentParser())
+    server_args = ServerArgs.from_cli_args(*parser.parse_known_args(argv), argv=argv)
+    return getattr(server_args.pipeline_config, "srt_encoders", None)
 
 
 def test_it_is_native_without_the_option(flux: Path):
