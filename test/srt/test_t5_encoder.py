@@ -189,8 +189,9 @@ def test_float16_where_t5_outgrows_it(seed: int, tmp_path: Path, open_encoder: O
     )
     for layer, states in out.hidden_states.items():
         assert states.isfinite().all()
-        clamped = expected[layer].clamp(-largest, largest)
-        assert relative_error(states, clamped) < TOLERANCE["float16"]
+        # Relative to the state before it is cut, of whose size its errors are.
+        error = (states.float() - expected[layer].clamp(-largest, largest)).norm()
+        assert error / expected[layer].norm() < TOLERANCE["float16"]
 
 
 def test_blocks_that_nobody_asked_for_do_not_run(tmp_path: Path, open_encoder: Open) -> None:

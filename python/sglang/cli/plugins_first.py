@@ -7,6 +7,9 @@ so it stands outside the diffusion runtime, which must not be imported by then.
 
 from __future__ import annotations
 
+import sys
+
+from sglang.srt.encode_only.plugin import supports_installed_sglang
 from sglang.srt.encode_only.seams import Seam
 from sglang.srt.encode_only.seams import install as install_seams
 
@@ -25,8 +28,9 @@ COMMAND_LINE: tuple[Seam, ...] = (
 
 
 def install() -> None:
-    """Puts the hook on `sglang generate`; SeamError where it does not fit."""
-    install_seams(COMMAND_LINE)
+    """Puts the hook on `sglang generate`, in its process alone; SeamError where it does not fit."""
+    if sys.argv[1:2] == ["generate"] and supports_installed_sglang():
+        install_seams(COMMAND_LINE)
 
 
 def load_plugins(args: object, extra_argv: list[str]) -> None:
