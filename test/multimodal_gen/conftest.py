@@ -57,7 +57,7 @@ def without_encoder_weights(wan: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def native_runs(wan: Path, flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Stock sglang."""
-    each = [(wan, {}), (flux, FLOAT32)]
+    each = [(wan, FLOAT32), (flux, FLOAT32)]
     runs = Runs(tmp_path_factory.mktemp("native") / "runs", each, **STOCK)
     yield runs
     runs.end()
