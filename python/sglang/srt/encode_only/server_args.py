@@ -140,8 +140,9 @@ def _resolve_encode_only(server_args: Any) -> None:
         disable_radix_cache=not encoder.causal or cfg.disable_radix_cache,
         prefill_only_disable_kv_cache=True,
         attention_backend=ATTENTION_BACKEND,
-        # One budget bounds a batch: its tokens. A longer input is a batch of its own.
-        max_total_tokens=cfg.max_total_tokens or 4 * max(cfg.max_prefill_tokens, length + 64),
+        # One budget bounds a batch: its tokens. A longer input is a batch of its own. srt counts
+        # those of two batches, of which one is on its way while the other runs.
+        max_total_tokens=cfg.max_total_tokens or 2 * max(cfg.max_prefill_tokens, length + 64),
     )
 
 

@@ -28,6 +28,12 @@ from sglang.srt.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from sglang.srt.layers.packed_linear import (
+    EPILOGUES,
+    PackedLinearMethod,
+    multiplies,
+    pack_linears,
+)
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -48,13 +54,8 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
     A CPU without instructions for half precision multiplies it several times slower than float32.
     """
-    if torch.get_default_device().type != "cpu" or dtype == torch.float32:
+    if torch.get_default_device().type != "cpu" or multiplies(dtype):
         return dtype
-    if torch.backends.mkldnn.is_available():
-        ops = torch.ops.mkldnn
-        bf16 = dtype == torch.bfloat16
-        if (ops._is_mkldnn_bf16_supported if bf16 else ops._is_mkldnn_fp16_supported)():
-            return dtype
     return torch.float32
 
 
@@ -176,15 +177,26 @@ class T5FeedForward(nn.Module):
             self.act = nn.GELU(approximate="tanh")
         else:
             self.act = ACT2FN[config.dense_act_fn].float()
+        # A CPU can activate, and gate, the product as it computes it.
+        self.activated_by_wi = (
+            config.dense_act_fn in EPILOGUES
+            and quant_config is None
+            and torch.get_default_device().type == "cpu"
+            and multiplies(dtype)
+            and self.wo_dtype == dtype
+        )
+        if self.activated_by_wi:
+            self.wi.quant_method = PackedLinearMethod(EPILOGUES[config.dense_act_fn])
 
     def forward(self, x_th: torch.Tensor) -> torch.Tensor:
         h, _ = self.wi(x_th)
-        h = h.float()
-        if self.gated:
-            gate, h = h.chunk(2, dim=-1)
-            h = self.act(gate) * h
-        else:
-            h = self.act(h)
+        if not self.activated_by_wi:
+            h = h.float()
+            if self.gated:
+                gate, h = h.chunk(2, dim=-1)
+                h = self.act(gate) * h
+            else:
+                h = self.act(h)
         return self.wo(h.to(self.wo_dtype))[0]
 
 
@@ -280,6 +292,7 @@ class T5EncoderModel(nn.Module):
             block_prefix = add_prefix(f"encoder.block.{i}", prefix)
             self.blocks.append(T5Block(config, position_bias, i, dtype, quant_config, block_prefix))
         self.final_norm = T5LayerNorm(config, torch.float32)
+        pack_linears(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens

@@ -1,17 +1,18 @@
 """The `encode_only` attention backend on `scaled_dot_product_attention`: any device torch runs on,
 and the one for CPUs. No KV cache is read or written; a sequence's keys are in the batch itself.
 
-Sequences of similar length are padded to one another and run in one call; the plan for that is
-made once a forward pass. Within a call the queries run backwards: the bias of row r and column j
-is then the entry r + j of a head's row of biases, so that a strided view of that row is the whole
-`length × length` bias, and none is built.
+A short sequence costs less than the bookkeeping of its heads. So several share a row, under a mask
+that keeps them apart; longer ones of similar length are padded to one another and run in one call.
+The plan for that is made once a forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
@@ -24,75 +25,178 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-# Lengths that differ by less than this are padded to one another.
+# Sequences of at most so many tokens share rows of at most so many,
+SHARED_LENGTH = 64
+# as long as the scores of these rows, and so their mask, take no more than 16 MiB.
+MAX_SHARED_SCORES = 1 << 22
+# Longer ones whose lengths differ by less than this are padded to one another,
 LENGTH_STEP = 16
-# A group's scores, and so its mask, stay within a core's cache; a longer sequence runs alone.
+# as long as the scores stay within a core's cache; a longer sequence runs alone.
 MAX_GROUP_SCORES = 1 << 17
 
 
-class SequenceGroup:
-    """Sequences that run in one call.
+class Sequences(NamedTuple):
+    """Where in a packed batch sequences begin, how many rows and how many keys each has."""
+
+    starts: Sequence[int]
+    lengths: Sequence[int]
+    attend: Sequence[int]
+
+    def of(self, members: Sequence[int]) -> Sequences:
+        return Sequences(*([values[i] for i in members] for values in self))
+
+
+class Group(Protocol):
+    """What runs in one call, `size` rows of `length` queries and `keys` keys.
+
+    Row numbers are int64 in numpy arrays.
 
     Attributes:
-        size, length, keys: sequences, and the most rows and keys of one.
-        query_rows: `[size * length]`, which row of the packed batch each row of the call is. A
-            pad row repeats the sequence's last token.
+        query_rows: `[size * length]`, which row of the packed batch each query is.
         key_rows: `[size * keys]`, likewise.
-        real: the rows of the call that are no pads; None where all are.
-        output_rows: which row of the packed batch each real row is.
-        key_mask: `[size, 1, 1, keys]` float32, 0 for a key and -inf for a pad; None where there
-            are no pads.
+        output_rows: `[tokens of the group]`, which query each of its tokens is, and
+        tokens: likewise, which row of the packed batch. The other queries are pads.
     """
 
-    def __init__(
-        self,
-        starts: Sequence[int],
-        lengths: Sequence[int],
-        attend: Sequence[int],
-        device: torch.device,
-    ):
-        self.size, self.length, self.keys = len(starts), max(lengths), max(attend)
-        first, rows, keys = (
-            torch.tensor(x, device=device)[:, None] for x in (starts, lengths, attend)
-        )
-        columns = torch.arange(self.length, device=device)
-        forwards = first + torch.minimum(columns, rows - 1)
-        self.query_rows = forwards.flip(1).flatten()
-        self.key_rows = forwards[:, : self.keys].flatten()
-        self.real = self.key_mask = None
-        self.output_rows = self.query_rows
-        if min(lengths) < self.length:
-            self.real = (columns.flip(0) < rows).flatten().nonzero().squeeze(1)
-            self.output_rows = self.query_rows[self.real]
-        if min(attend) < self.keys:
-            mask = torch.zeros(self.size, 1, 1, self.keys, device=device)
-            pads = columns[: self.keys] >= keys
-            self.key_mask = mask.masked_fill_(pads[:, None, None, :], float("-inf"))
+    size: int
+    length: int
+    keys: int
+    query_rows: np.ndarray
+    key_rows: np.ndarray
+    output_rows: np.ndarray
+    tokens: np.ndarray
+
+    def mask(
+        self, by_distance: torch.Tensor | None, causal: bool, device: torch.device
+    ) -> torch.Tensor | None:
+        """What to add to the scores; it broadcasts to `[size, heads, length, keys]`, float32.
+
+        Args:
+            by_distance: `[heads, 2 * longest - 1]`, as of RelativePositionBias.
+        """
+        ...
 
 
-def group_sequences(
-    lengths: Sequence[int], attend: Sequence[int], heads: int, device: torch.device
-) -> list[SequenceGroup]:
-    """Splits a packed batch into groups of similar lengths, none of them over a core's cache."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    groups, members = [], []
+class PaddedGroup:
+    """Sequences of similar length, a row each.
+
+    The queries run backwards: the bias of query r and key c is then the entry r + c of a head's row
+    of biases, so that a strided view of that row is the whole `length × keys` bias, and none is
+    built.
+    """
+
+    def __init__(self, sequences: Sequences):
+        first, rows, keys = (np.array(values)[:, None] for values in sequences)
+        self.size, self.length, self.keys = len(rows), int(rows.max()), int(keys.max())
+        columns = np.arange(self.length)
+        # A pad repeats its sequence's last token.
+        forwards = first + np.minimum(columns, rows - 1)
+        self.query_rows = forwards[:, ::-1].ravel()
+        self.key_rows = forwards[:, : self.keys].ravel()
+        self.output_rows = np.flatnonzero(columns[::-1] < rows)
+        self.tokens = self.query_rows[self.output_rows]
+        self._pads = columns[: self.keys] >= keys
+
+    def mask(
+        self, by_distance: torch.Tensor | None, causal: bool, device: torch.device
+    ) -> torch.Tensor | None:
+        terms = []
+        if by_distance is not None:
+            heads, distances = by_distance.shape
+            terms.append(
+                by_distance.as_strided(
+                    (1, heads, self.length, self.keys),
+                    (0, distances, 1, 1),
+                    distances // 2 + 1 - self.length,
+                )
+            )
+        if causal:
+            later = torch.full((self.length, self.keys), float("-inf"), device=device)
+            terms.append(later.triu(1).flip(0)[None, None])
+        if self._pads.any():
+            pads = torch.from_numpy(self._pads[:, None, None, :]).to(device)
+            terms.append(torch.zeros(pads.shape, device=device).masked_fill_(pads, float("-inf")))
+        return sum(terms[1:], start=terms[0]) if terms else None
+
+
+class SharedGroup:
+    """Short sequences, several of them end to end in a row."""
+
+    def __init__(self, sequences: Sequences, rows: Sequence[Sequence[int]]):
+        """
+        Args:
+            rows: the sequences of each row, by their places in `sequences`.
+        """
+        self.size = len(rows)
+        self.length = self.keys = max(sum(sequences.lengths[i] for i in row) for row in rows)
+        shape = (self.size, self.length)
+        source, position, member = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+        is_token, is_key = (np.zeros(shape, dtype=bool) for _ in range(2))
+        for r, row in enumerate(rows):
+            end = 0
+            for i in row:
+                start, end = end, end + sequences.lengths[i]
+                position[r, start:end] = np.arange(end - start)
+                source[r, start:end] = sequences.starts[i] + position[r, start:end]
+                # Pads, too, are of the last one, so that there is something for them to see.
+                member[r, start:] = i
+                is_key[r, start : start + sequences.attend[i]] = True
+            is_token[r, :end] = True
+        self.query_rows = self.key_rows = source.ravel()
+        self.output_rows = np.flatnonzero(is_token)
+        self.tokens = self.query_rows[self.output_rows]
+        self._distances = position[:, None, :] - position[:, :, None]
+        self._apart = (member[:, None, :] != member[:, :, None]) | ~is_key[:, None, :]
+
+    def mask(
+        self, by_distance: torch.Tensor | None, causal: bool, device: torch.device
+    ) -> torch.Tensor:
+        apart = self._apart | (self._distances > 0) if causal else self._apart
+        hidden = torch.from_numpy(apart[:, None]).to(device)
+        if by_distance is None:
+            return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+        heads, distances = by_distance.shape
+        columns = torch.from_numpy(self._distances.ravel() + distances // 2).to(device)
+        bias = by_distance.index_select(1, columns).view(heads, *self._distances.shape)
+        return bias.transpose(0, 1).masked_fill_(hidden, float("-inf"))
+
+
+def group_sequences(lengths: Sequence[int], attend: Sequence[int], heads: int) -> list[Group]:
+    """Splits a packed batch into what runs in one call each."""
+    starts = list(itertools.accumulate(lengths, initial=0))[:-1]
+    sequences = Sequences(starts, lengths, attend)
+    groups: list[Group] = []
+    members: list[int] = []
+    rows: list[list[int]] = []
+    room: list[int] = []
 
     def close() -> None:
         if members:
-            groups.append(SequenceGroup(*zip(*members), device=device))
+            groups.append(PaddedGroup(sequences.of(members)))
             members.clear()
 
-    order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
-    for i in order:
+    # Each into the first row that has room, the longest first; others by similar length.
+    for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i]):
+        length = lengths[i]
+        if length <= SHARED_LENGTH:
+            row = next((r for r, left in enumerate(room) if left >= length), len(rows))
+            if row < len(rows):
+                rows[row].append(i)
+                room[row] -= length
+                continue
+            if (row + 1) * heads * SHARED_LENGTH**2 <= MAX_SHARED_SCORES:
+                rows.append([i])
+                room.append(SHARED_LENGTH - length)
+                continue
         if members:
-            longest = members[0][1]
+            longest = lengths[members[0]]
             scores = (len(members) + 1) * heads * longest * longest
-            if longest - lengths[i] >= LENGTH_STEP or scores > MAX_GROUP_SCORES:
+            if longest - length >= LENGTH_STEP or scores > MAX_GROUP_SCORES:
                 close()
-        members.append((starts[i], lengths[i], attend[i]))
+        members.append(i)
     close()
+    if rows:
+        groups.append(SharedGroup(sequences, rows))
     return groups
 
 
@@ -105,6 +209,10 @@ class BatchPlan:
     Args:
         lengths, attend: rows and keys of each sequence.
         heads: of a layer, on this rank.
+
+    Attributes:
+        query_rows, key_rows: int64 tensors, those of all groups, one group after another.
+        output_rows: `[tokens]` int64, where among the rows of all groups each token's is.
     """
 
     def __init__(
@@ -112,38 +220,29 @@ class BatchPlan:
     ):
         self.device = device
         self.longest = max(lengths, default=0)
-        self.groups = group_sequences(lengths, attend, heads, device)
+        self.groups = group_sequences(lengths, attend, heads)
+        self.query_rows = self._rows(group.query_rows for group in self.groups)
+        self.key_rows = self._rows(group.key_rows for group in self.groups)
+        output_rows = np.empty(sum(lengths), dtype=np.int64)
+        start = 0
+        for group in self.groups:
+            output_rows[group.tokens] = start + group.output_rows
+            start += group.size * group.length
+        self.output_rows = self._rows([output_rows])
         self._masks: list[torch.Tensor | None] = []
         self._masks_are_for: object = None
 
+    def _rows(self, parts: Iterable[np.ndarray]) -> torch.Tensor:
+        numbers = np.concatenate([np.empty(0, dtype=np.int64), *parts])
+        return torch.from_numpy(numbers).to(self.device)
+
     def masks(self, bias: RelativePositionBias | None, causal: bool) -> list[torch.Tensor | None]:
-        """A mask to add to the scores of each group; it broadcasts to
-        `[size, heads, length, keys]`, with the queries backwards."""
+        """The mask of each group."""
         if self._masks_are_for != (bias, causal):
             by_distance = bias.by_distance(self.longest) if bias is not None else None
-            self._masks = [self._mask(group, by_distance, causal) for group in self.groups]
+            self._masks = [group.mask(by_distance, causal, self.device) for group in self.groups]
             self._masks_are_for = (bias, causal)
         return self._masks
-
-    def _mask(
-        self, group: SequenceGroup, by_distance: torch.Tensor | None, causal: bool
-    ) -> torch.Tensor | None:
-        terms = []
-        if by_distance is not None:
-            heads, distances = by_distance.shape
-            terms.append(
-                by_distance.as_strided(
-                    (1, heads, group.length, group.keys),
-                    (0, distances, 1, 1),
-                    self.longest - group.length,
-                )
-            )
-        if causal:
-            later = torch.full((group.length, group.keys), float("-inf"), device=self.device)
-            terms.append(later.triu(1).flip(0)[None, None])
-        if group.key_mask is not None:
-            terms.append(group.key_mask)
-        return sum(terms[1:], start=terms[0]) if terms else None
 
 
 class Runner(Protocol):
@@ -210,50 +309,66 @@ class SdpaBackend(AttentionBackend):
                 f"The encode_only attention backend has no sliding window; this model's is "
                 f"{layer.sliding_window_size} tokens, and a sequence has {plan.longest}."
             )
+        if not plan.groups:
+            return q.new_empty(0, layer.tp_q_head_num * layer.v_head_dim)
         masks = plan.masks(position_bias, layer.attn_type == AttentionType.DECODER)
-        out = q.new_empty(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
-        for group, mask in zip(plan.groups, masks, strict=True):
-            q_nlhd = q.index_select(0, group.query_rows).view(
-                group.size, group.length, layer.tp_q_head_num, layer.qk_head_dim
+        q_rhd, k_rhd, v_rhd = (
+            x.index_select(0, rows).view(len(rows), -1, head_dim)
+            for x, rows, head_dim in (
+                (q, plan.query_rows, layer.qk_head_dim),
+                (k, plan.key_rows, layer.qk_head_dim),
+                (v, plan.key_rows, layer.v_head_dim),
             )
-            k_nkhd, v_nkhd = (
-                x.index_select(0, group.key_rows).view(group.size, group.keys, *x.shape[1:])
-                for x in (k, v)
+        )
+        if q.device.type == "cpu" or masks[0] is not None:
+            # A float32 mask needs such queries but on a CPU, where they are faster too: the kernel
+            # for half precision converts block by block.
+            q_rhd, k_rhd, v_rhd = q_rhd.float(), k_rhd.float(), v_rhd.float()
+        outs = [
+            attend_group(
+                *(
+                    rows.view(group.size, -1, *rows.shape[1:]).transpose(1, 2)
+                    for rows in (q_lhd, k_lhd, v_lhd)
+                ),
+                mask,
+                layer,
             )
-            o = attend_group(q_nlhd, k_nkhd, v_nkhd, mask, layer)
-            if group.real is not None:
-                o = o.index_select(0, group.real)
-            out.index_copy_(0, group.output_rows, o)
-        return out
+            for group, mask, q_lhd, k_lhd, v_lhd in zip(
+                plan.groups,
+                masks,
+                q_rhd.split([group.size * group.length for group in plan.groups]),
+                k_rhd.split([group.size * group.keys for group in plan.groups]),
+                v_rhd.split([group.size * group.keys for group in plan.groups]),
+                strict=True,
+            )
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out.index_select(0, plan.output_rows).to(q.dtype)
 
 
 def attend_group(
-    q_nlhd: torch.Tensor,
-    k_nkhd: torch.Tensor,
-    v_nkhd: torch.Tensor,
+    q_nhld: torch.Tensor,
+    k_nhkd: torch.Tensor,
+    v_nhkd: torch.Tensor,
     mask: torch.Tensor | None,
     layer: RadixAttention,
 ) -> torch.Tensor:
-    """`[size * length, heads * v_head_dim]` in the dtype of q: one call's attention."""
-    dtype = q_nlhd.dtype
-    q, k, v = (x.transpose(1, 2) for x in (q_nlhd, k_nkhd, v_nkhd))
-    if mask is not None and q.device.type != "cpu":
-        # Only the CPU kernel takes a float32 mask beside half-precision queries.
-        q, k, v = q.float(), k.float(), v.float()
-    grouped = q.shape[1] != k.shape[1]
+    """`[size * length, heads * v_head_dim]`: one call's attention."""
+    size, heads, length, _ = q_nhld.shape
+    grouped = heads != k_nhkd.shape[1]
     if layer.logit_cap:
         if grouped:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        scores = (q @ k.transpose(2, 3)).float() * layer.scaling
+            k_nhkd, v_nhkd = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k_nhkd, v_nhkd))
+        scores = (q_nhld @ k_nhkd.transpose(2, 3)).float() * layer.scaling
         scores = layer.logit_cap * torch.tanh(scores / layer.logit_cap)
         if mask is not None:
             scores = scores + mask
-        o = scores.softmax(dim=-1).to(v.dtype) @ v
+        o_nhld = scores.softmax(dim=-1).to(v_nhkd.dtype) @ v_nhkd
     else:
-        o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=layer.scaling, enable_gqa=grouped
+        o_nhld = F.scaled_dot_product_attention(
+            q_nhld, k_nhkd, v_nhkd, attn_mask=mask, scale=layer.scaling, enable_gqa=grouped
         )
-    return o.transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1).to(dtype)
+    return o_nhld.transpose(1, 2).reshape(size * length, -1)
 
 
 @register_attention_backend("encode_only")

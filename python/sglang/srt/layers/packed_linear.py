@@ -1,0 +1,97 @@
+"""Linear layers on a CPU whose weights lie in the layout in which oneDNN multiplies them.
+
+torch's own linear lays a weight out anew at every call, which for a short prompt takes as long as
+the product. Here that is done once, after loading; and an activation is applied to a product before
+it is rounded and written.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from torch import nn
+
+
+class Epilogue(NamedTuple):
+    """An activation by oneDNN's names."""
+
+    name: str
+    algorithm: str = ""
+
+
+EPILOGUES = {
+    "relu": Epilogue("relu"),
+    "silu": Epilogue("swish"),
+    "gelu": Epilogue("gelu", "none"),
+    "gelu_new": Epilogue("gelu", "tanh"),
+    "gelu_fast": Epilogue("gelu", "tanh"),
+    "gelu_python_tanh": Epilogue("gelu", "tanh"),
+}
+"""By the name of the same function in transformers."""
+
+_PLAIN = Epilogue("none")
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has oneDNN, and instructions for products in `dtype`."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
+
+
+class PackedLinearMethod(UnquantizedLinearMethod):
+    """Stands in for the unquantized method of a linear layer on a CPU.
+
+    The layer's `weight` is empty while it is packed; srt's loader asks for it back
+    (`restore_weights_before_loading`) before it loads other weights.
+
+    Args:
+        epilogue: what the layer does with its product `x W`: an activation f gives `f(x W)`, and
+            of a merged layer of two, `f(x W0) * (x W1)`. None for nothing.
+    """
+
+    def __init__(self, epilogue: Epilogue | None = None):
+        self.epilogue = epilogue
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        weight = layer.weight.data
+        sizes = [len(weight)] if self.epilogue is None else layer.output_partition_sizes
+        layer.packed = [
+            torch.ops.mkldnn._reorder_linear_weight(part.contiguous())
+            for part in weight.split(sizes)
+        ]
+        layer.weight.data = weight.new_empty(0)
+
+    def restore_weights_before_loading(self, layer: nn.Module) -> None:
+        layer.weight.data = torch.cat([part.to_dense() for part in layer.packed])
+        layer.packed = []
+
+    def apply(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[tokens, outputs of the rank]` from x, `[tokens, inputs of the rank]`, in its dtype."""
+        assert bias is None or len(layer.packed) == 1, "A gated layer with a bias. This is a bug."
+        name, algorithm = self.epilogue or _PLAIN
+        ops = torch.ops.mkldnn
+        product = ops._linear_pointwise(x, layer.packed[0], bias, name, [], algorithm)
+        if len(layer.packed) == 1:
+            return product
+        return ops._linear_pointwise.binary(x, product, layer.packed[1], None, "mul")
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Has the unquantized linear layers of a new model packed once their weights are loaded.
+
+    Layers that are not on a CPU, or in a dtype that it has no instructions for, are left alone.
+    """
+    for layer in model.modules():
+        if type(getattr(layer, "quant_method", None)) is not UnquantizedLinearMethod:
+            continue
+        if layer.weight.device.type == "cpu" and multiplies(layer.weight.dtype):
+            layer.quant_method = PackedLinearMethod()
