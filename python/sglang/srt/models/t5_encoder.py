@@ -83,7 +83,12 @@ class T5LayerNorm(nn.Module):
         self.dtype = dtype
 
     def forward(self, x_th: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x_th, self.weight.shape, self.weight, self.eps).to(self.dtype)
+        if x_th.device.type != "cpu":
+            return F.rms_norm(x_th, self.weight.shape, self.weight, self.eps).to(self.dtype)
+        # There rms_norm is a chain of twice as many operations.
+        norm_t1 = torch.linalg.vector_norm(x_th, dim=-1, keepdim=True)
+        scale_t1 = (norm_t1.square_() / x_th.shape[-1] + self.eps).rsqrt_()
+        return (x_th * scale_t1).mul_(self.weight).to(self.dtype)
 
 
 class T5Attention(nn.Module):

@@ -37,6 +37,8 @@ def activate() -> str | None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and accelerator.type != "cpu":
         return None
+    # torch then asks for huge pages for large tensors, in this process and those it starts.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return f"{__name__}:PortableCpuPlatform"
 
 

@@ -343,7 +343,7 @@ class SdpaBackend(AttentionBackend):
             )
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return out.index_select(0, plan.output_rows).to(q.dtype)
+        return out.to(q.dtype).index_select(0, plan.output_rows)
 
 
 def attend_group(
