@@ -66,10 +66,11 @@ def t5_server(t5_folder: Path) -> Iterator[LocalServer]:
 
 
 @pytest.fixture(scope="session")
-def two_worker_server(t5_folder: Path) -> Iterator[LocalServer]:
+def doubled_server(t5_folder: Path) -> Iterator[LocalServer]:
+    """With two tokenizer workers, and two tensor-parallel ranks."""
     # uvicorn kills a worker that is not up in time, and 10 s are too few on a busy machine.
     patience = {"SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "120"}
-    arguments = ("--device", "cpu", "--tokenizer-worker-num", "2")
+    arguments = ("--device", "cpu", "--tokenizer-worker-num", "2", "--tp-size", "2")
     with LocalServer(t5_folder, *arguments, environment=patience) as server:
         yield server
 

@@ -16,19 +16,25 @@ QUEUE = 4
 """Most inputs that wait at `guarded_server`."""
 
 
+def schedulers(server: LocalServer) -> list[psutil.Process]:
+    """The processes of a server that run its model, one a rank."""
+    assert server.process is not None
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    found = [child for child in children if "scheduler" in " ".join(child.cmdline())]
+    assert found, [child.cmdline() for child in children]
+    return found
+
+
 @contextlib.contextmanager
 def frozen_scheduler(server: LocalServer) -> Iterator[None]:
     """While this holds, requests reach the server and none is answered."""
-    assert server.process is not None
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    schedulers = [child for child in children if "scheduler" in " ".join(child.cmdline())]
-    assert schedulers, [child.cmdline() for child in children]
-    for scheduler in schedulers:
+    frozen = schedulers(server)
+    for scheduler in frozen:
         scheduler.suspend()
     try:
         yield
     finally:
-        for scheduler in schedulers:
+        for scheduler in frozen:
             with contextlib.suppress(psutil.NoSuchProcess):
                 scheduler.resume()
 

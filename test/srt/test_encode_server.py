@@ -20,7 +20,7 @@ from sglang.srt.encode_only import wire
 from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient
 from sglang.srt.encode_only.request import RequestError
 
-from server_control import API_KEY, QUEUE, assert_close, frozen_scheduler, metric
+from server_control import API_KEY, QUEUE, assert_close, frozen_scheduler, metric, schedulers
 
 TEXTS = ["a lighthouse at dusk", "two foxes", "An old map of the harbour, in ink and wash."]
 
@@ -263,14 +263,27 @@ def test_the_route_is_in_the_api_description(t5_server):
     assert "truncate" in json.dumps(schema)
 
 
-def test_two_tokenizer_workers(two_worker_server, t5_reference, rng):
+def test_batches_are_logged_and_counted_by_their_mode(t5_server, client, rng):
+    names = [f"sglang:encode_{what}_total" for what in ("batches", "sequences", "tokens")]
+    before = [metric(t5_server, name) for name in names]
+    client.encode([some_ids(rng, n) for n in (5, 9, 3)])
+    batches, sequences, tokens = (
+        metric(t5_server, name) - count for name, count in zip(names, before, strict=True)
+    )
+    assert 1 <= batches <= 3 and (sequences, tokens) == (3, 17)
+    assert 'forward_mode="encode_only"' in httpx.get(f"{t5_server.url}/metrics").text
+    assert "ENCODE_ONLY batch, #new-seq: " in t5_server.log_path.read_text()
+
+
+def test_two_tokenizer_workers_and_two_ranks(doubled_server, t5_reference, rng):
+    assert len(schedulers(doubled_server)) == 2
     rows = [some_ids(rng, rng.randint(1, 30)) for _ in range(60)]
-    with EncoderClient(two_worker_server.url) as client:
+    with EncoderClient(doubled_server.url) as client:
         assert client.info().hidden_size == 64
 
     def ask(ids):
         # A client each, so that the connections are spread over both workers.
-        with EncoderClient(two_worker_server.url) as client:
+        with EncoderClient(doubled_server.url) as client:
             return client.encode([ids, ids[::-1]])
 
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
@@ -278,7 +291,7 @@ def test_two_tokenizer_workers(two_worker_server, t5_reference, rng):
             for row, output in zip((ids, ids[::-1]), outputs, strict=True):
                 assert_close(output.last_hidden_state, t5_reference(row)[-1])
     for _ in range(8):
-        answer = httpx.post(f"{two_worker_server.url}/generate", json={"text": "a"}, timeout=60)
+        answer = httpx.post(f"{doubled_server.url}/generate", json={"text": "a"}, timeout=60)
         assert answer.status_code == 400
         assert wire.ROUTE in answer.text
 

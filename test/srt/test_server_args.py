@@ -9,6 +9,7 @@ import pytest
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.encode_only import server_args as encode_only_args
 from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import prepare_server_args
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,6 +32,15 @@ def test_the_flag_implies_what_it_needs(monkeypatch, t5_folder: Path):
     assert cfg.prefill_only_disable_kv_cache
     assert cfg.attention_backend == "encode_only"
     assert cfg.dtype == json.loads((t5_folder / "config.json").read_text())["dtype"]
+
+
+def test_the_flag_in_a_config_file_and_in_the_help(t5_folder: Path, tmp_path: Path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model-path: {t5_folder}\nis-embedding-encoder: true\n")
+    assert prepare_server_args(["--config", str(file)]).is_embedding_encoder
+    with pytest.raises(SystemExit):
+        prepare_server_args(["--help"])
+    assert "--is-embedding-encoder" in capsys.readouterr().out
 
 
 def test_an_input_may_be_as_long_as_the_context_length(monkeypatch, t5_folder: Path):

@@ -1,19 +1,25 @@
-"""Encode-only batches in the scheduler's log and in its Prometheus metrics."""
+"""Encode-only mode in the scheduler's log and in its Prometheus metrics."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from sglang.srt.encode_only.forward_mode import NAME
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.scheduler_components.metrics_reporter import (
         PrefillStats,
         SchedulerMetricsReporter,
     )
+
+logger = logging.getLogger(__name__)
 
 _REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter"
 
@@ -32,6 +38,30 @@ def name_mode_in_log() -> None:
     logger = logging.getLogger(_REPORTER)
     if not any(isinstance(f, _NameMode) for f in logger.filters):
         logger.addFilter(_NameMode())
+
+
+def log_memory(_result: None, scheduler: Scheduler) -> None:
+    """AFTER `Scheduler.init_memory_pools`: what this process holds for its model."""
+    model = scheduler.tp_worker.model_runner.model
+    requests, tokens = scheduler.tp_worker.get_memory_pool()
+    tables = [t for pool in (requests, tokens) for t in vars(pool).values()]
+    cache = tokens.get_kvcache()
+    buffers = [*cache.k_buffer, *cache.v_buffer]
+    logger.info(
+        "Encode-only memory: %.2f MB of weights, %.2f MB of tables for requests and their tokens, "
+        "%.2f MB of KV cache.",
+        *(_bytes(held) / 1e6 for held in (weights_of(model), tables, buffers)),
+    )
+
+
+def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """All tensors of a model, those of packed layers included."""
+    packed = (part for layer in model.modules() for part in getattr(layer, "packed", ()))
+    return [*itertools.chain(model.parameters(), model.buffers(), packed)]
+
+
+def _bytes(held: Iterable[object]) -> int:
+    return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
 
 
 @functools.cache

@@ -136,6 +136,16 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         upstream="ask the attention backend whether it reads a KV pool",
     ),
     Seam(
+        target="sglang.srt.managers.scheduler:Scheduler.init_memory_pools",
+        kind="after",
+        hook="sglang.srt.encode_only.metrics:log_memory",
+        parameters=("self",),
+        process="scheduler",
+        reason="The log says what an encoder takes: upstream's counts free memory, which on a host "
+        "other processes change, and counts the tokens of a KV cache that is not there.",
+        upstream="the same line in the method",
+    ),
+    Seam(
         target="sglang.srt.managers.scheduler_components.metrics_reporter"
         ":SchedulerMetricsReporter.report_prefill_stats",
         kind="after",

@@ -1,0 +1,97 @@
+"""What an encoder's server holds: its weights, and for a while the activations of one batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from sglang.srt.encode_only.client import EncoderClient
+from sglang.srt.encode_only.local_server import LocalServer
+from transformers import T5Config, T5EncoderModel
+
+from server_control import schedulers
+
+BUDGET = 4096
+CONFIG = T5Config(
+    vocab_size=600,
+    d_model=512,
+    d_kv=64,
+    d_ff=2048,
+    num_heads=8,
+    num_layers=8,
+    feed_forward_proj="gated-gelu",
+)
+KV_CACHE = 2 * BUDGET * CONFIG.num_layers * 2 * CONFIG.num_heads * CONFIG.d_kv * 4
+"""Bytes that a cache for the tokens of two batches would take."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("wide")
+    T5EncoderModel(CONFIG).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LocalServer]:
+    arguments = ("--device", "cpu", "--skip-tokenizer-init", "--max-prefill-tokens", str(BUDGET))
+    with LocalServer(folder, *arguments) as server:
+        yield server
+
+
+def peak_while(process: psutil.Process, client: EncoderClient, batch: list[list[int]]) -> int:
+    """The most bytes that a process held while it encoded a batch."""
+    # Resets the kernel's record of the most.
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+    client.encode(batch)
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def test_weights_and_the_activations_of_one_budget(
+    server: LocalServer, t5_server: LocalServer, folder: Path
+) -> None:
+    (mine,), (tiny,) = schedulers(server), schedulers(t5_server)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    inner = CONFIG.num_heads * CONFIG.d_kv
+    # The stream between blocks, before and after, and its norm; a layer's queries, keys and values,
+    # as they come and as they are laid out, or the products of the feed-forward layer; the answer,
+    # on its way out.
+    numbers = 3 * CONFIG.d_model + max(8 * inner, 3 * CONFIG.d_ff) + 4 * CONFIG.d_model
+    activations = BUDGET * numbers * 4
+    assert 1.25 * max(weights, activations) < KV_CACHE, "It would not be seen."
+
+    at_rest = mine.memory_info().rss
+    assert at_rest - tiny.memory_info().rss < 1.25 * weights
+    with EncoderClient(server.url) as client:
+        for batch in ([[5] * 512] * (BUDGET // 512), [[5] * 64] * (BUDGET // 64)):
+            assert peak_while(mine, client, batch) - at_rest < 1.25 * activations
+
+
+def test_the_log_says_what_is_held(server: LocalServer, folder: Path) -> None:
+    said = re.search(
+        r"Encode-only memory: ([\d.]+) MB of weights, ([\d.]+) MB of tables .*, ([\d.]+) MB of KV",
+        server.log_path.read_text(),
+    )
+    assert said is not None
+    weights, tables, cache = map(float, said.groups())
+    held = sum(param.nbytes for param in T5EncoderModel.from_pretrained(folder).parameters())
+    assert weights == pytest.approx(held / 1e6, rel=0.01)
+    assert tables < 1 and cache < 0.1
+
+
+def test_the_model_holds_its_weights_once(folder: Path) -> None:
+    from sglang.srt.encode_only.in_process import InProcessEncoder
+    from sglang.srt.encode_only.metrics import weights_of
+
+    encoder = InProcessEncoder(str(folder), dtype=torch.float32, device="cpu")
+    held = sum(t.numel() * t.element_size() for t in weights_of(encoder._model))
+    encoder.close()
+    expected = sum(p.nbytes for p in T5EncoderModel.from_pretrained(folder).parameters())
+    assert held == pytest.approx(expected, rel=0.001)
