@@ -8,19 +8,13 @@ SOURCES := $(shell find python/sglang -name '*.py') python/pyproject.toml
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-pictures lint dev lock clean
+.PHONY: demo test lint dev lock clean
 
 demo: $(VENV)/package
 	@$(BIN)/python examples/demo.py
 
-# The tests that start whole diffusion programs have a target of their own.
-PICTURES := test/multimodal_gen/test_pictures.py test/multimodal_gen/test_serve.py
-
 test: lint
-	$(BIN)/python -m pytest $(PICTURES:%=--ignore=%)
-
-test-pictures: $(VENV)/package
-	$(BIN)/python -m pytest $(PICTURES)
+	$(BIN)/python -m pytest --durations=10
 
 lint: $(VENV)/package
 	$(BIN)/ruff check .
