@@ -84,7 +84,7 @@ PIPELINES = (
         "text_encoder",
         "tokenizer",
         {**FLOAT32, "text_encoder_precisions": ["fp32"]},
-        # Every step multiplies a difference; guidance by 5 over 6 steps shows the last bit of float32.
+        # Each step multiplies a difference: in six, guidance by 5 shows the last bit of float32.
         {"num_frames": 9, "negative_prompt": "blurry, dark", "num_inference_steps": 4},
     ),
 )
