@@ -7,7 +7,7 @@ it is rounded and written.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
@@ -76,13 +76,14 @@ class PackedLinearMethod(UnquantizedLinearMethod):
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`[tokens, outputs of the rank]` from x, `[tokens, inputs of the rank]`, in its dtype."""
-        assert bias is None or len(layer.packed) == 1, "A gated layer with a bias. This is a bug."
+        packed = cast("list[torch.Tensor]", layer.packed)
+        assert bias is None or len(packed) == 1, "A gated layer with a bias. This is a bug."
         name, algorithm = self.epilogue or _PLAIN
         ops = torch.ops.mkldnn
-        product = ops._linear_pointwise(x, layer.packed[0], bias, name, [], algorithm)
-        if len(layer.packed) == 1:
+        product = ops._linear_pointwise(x, packed[0], bias, name, [], algorithm)
+        if len(packed) == 1:
             return product
-        return ops._linear_pointwise.binary(x, product, layer.packed[1], None, "mul")
+        return ops._linear_pointwise.binary(x, product, packed[1], None, "mul")
 
 
 def pack_linears(model: nn.Module) -> None:
