@@ -15,9 +15,10 @@ import pytest
 import torch
 from pictures import (
     BATCH,
-    FLOAT32,
+    FLUX_FLOAT32,
     NEGATIVE,
     SETTINGS,
+    WAN_FLOAT32,
     Pictures,
     Program,
     Runs,
@@ -57,7 +58,7 @@ def without_encoder_weights(wan: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def native_runs(wan: Path, flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Stock sglang."""
-    each = [(wan, FLOAT32), (flux, FLOAT32)]
+    each = [(wan, WAN_FLOAT32), (flux, FLUX_FLOAT32)]
     runs = Runs(tmp_path_factory.mktemp("native") / "runs", each, **STOCK)
     yield runs
     runs.end()
@@ -69,7 +70,7 @@ def flux_command(
 ) -> Iterator[Program]:
     """`sglang generate` over the batch, with T5 in the worker."""
     folder = tmp_path_factory.mktemp("generate")
-    flags = {"negative_prompt": NEGATIVE, "output_path": folder} | SETTINGS | FLOAT32 | ports()
+    flags = {"negative_prompt": NEGATIVE, "output_path": folder} | SETTINGS | FLUX_FLOAT32 | ports()
     command = [str(Path(sys.executable).with_name("sglang")), "generate", "--model-path", str(flux)]
     command += as_flags(flags)
     command += ["--prompt", *BATCH, "--srt-encoders", "text_encoder_2=srt"]
@@ -98,7 +99,10 @@ def wan_runs(
     servers = f"text_encoder={Relay().url},{wan_server.url}"
     runs = Runs(
         tmp_path_factory.mktemp("srt") / "runs",
-        [(wan, {"srt_encoders": "srt"}), (without_encoder_weights, {"srt_encoders": servers})],
+        [
+            (wan, WAN_FLOAT32 | {"srt_encoders": "srt"}),
+            (without_encoder_weights, WAN_FLOAT32 | {"srt_encoders": servers}),
+        ],
     )
     yield runs
     runs.end()

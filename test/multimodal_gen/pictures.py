@@ -31,12 +31,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 SETTINGS: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 11}
 VIDEO: dict[str, Any] = {"num_frames": 5}
-FLOAT32: dict[str, Any] = {
+WAN_FLOAT32: dict[str, Any] = {
     "dit_precision": "fp32",
     "vae_precision": "fp32",
-    "text_encoder_precisions": ["fp32", "fp32"],
+    "vae_decode_precision": "fp32",
 }
-"""For FLUX.1: in bfloat16 the rounding of two correct encoders of random weights can be seen."""
+FLUX_FLOAT32: dict[str, Any] = {**WAN_FLOAT32, "text_encoder_precisions": ["fp32", "fp32"]}
+"""In bfloat16, random weights make the rounding of two correct encoders visible. Wan encodes in
+float32 by default."""
 
 Pictures = dict[str, np.ndarray]
 """Pixels of 0 to 255, by case and place in its batch, such as `batch.2`."""

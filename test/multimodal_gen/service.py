@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from pictures import FLOAT32, SETTINGS, Program, as_flags, ports
+from pictures import FLUX_FLOAT32, SETTINGS, Program, as_flags, ports
 from PIL import Image
 from relay import Relay
 
@@ -30,7 +30,7 @@ class Service(Program):
             "srt_encoder_timeout": TIMEOUT,
             "output_path": folder,
             "input_save_path": folder,
-            **FLOAT32,
+            **FLUX_FLOAT32,
         }
         command = [str(Path(sys.executable).with_name("sglang")), "serve", str(flux)]
         command += [*as_flags(flags), "--srt-encoders", self.relay.url]

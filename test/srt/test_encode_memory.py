@@ -28,6 +28,9 @@ CONFIG = T5Config(
 KV_CACHE = 2 * BUDGET * CONFIG.num_layers * 2 * CONFIG.num_heads * CONFIG.d_kv * 4
 """Bytes that a cache for the tokens of two batches would take."""
 
+SLACK = 1.5
+"""What an allocator adds, and keeps of what was freed."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -65,13 +68,13 @@ def test_weights_and_the_activations_of_one_budget(
     # on its way out.
     numbers = 3 * CONFIG.d_model + max(8 * inner, 3 * CONFIG.d_ff) + 4 * CONFIG.d_model
     activations = BUDGET * numbers * 4
-    assert 1.25 * max(weights, activations) < KV_CACHE, "It would not be seen."
+    assert SLACK * max(weights, activations) < KV_CACHE, "It would not be seen."
 
     at_rest = mine.memory_info().rss
-    assert at_rest - tiny.memory_info().rss < 1.25 * weights
+    assert at_rest - tiny.memory_info().rss < SLACK * weights
     with EncoderClient(server.url) as client:
         for batch in ([[5] * 512] * (BUDGET // 512), [[5] * 64] * (BUDGET // 64)):
-            assert peak_while(mine, client, batch) - at_rest < 1.25 * activations
+            assert peak_while(mine, client, batch) - at_rest < SLACK * activations
 
 
 def test_the_log_says_what_is_held(server: LocalServer, folder: Path) -> None:

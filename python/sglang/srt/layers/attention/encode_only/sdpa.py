@@ -320,7 +320,7 @@ class SdpaBackend(AttentionBackend):
                 (v, plan.key_rows, layer.v_head_dim),
             )
         )
-        if q.device.type == "cpu" or masks[0] is not None:
+        if q.device.type == "cpu" or any(mask is not None for mask in masks):
             # A float32 mask needs such queries but on a CPU, where they are faster too: the kernel
             # for half precision converts block by block.
             q_rhd, k_rhd, v_rhd = q_rhd.float(), k_rhd.float(), v_rhd.float()

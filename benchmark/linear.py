@@ -1,0 +1,62 @@
+"""Times the matrix products of one forward pass: torch's linear against packed weights.
+
+python -m benchmark.linear --shape t5-base
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from sglang.srt.layers.packed_linear import PackedLinearMethod, multiplies
+from torch import nn
+from tqdm import tqdm
+
+from benchmark import shapes
+from benchmark.encode import clock, cpu_name, product_runner
+
+
+def packed_runner(shape: str, tokens: int, dtype: torch.dtype):
+    """The products of `product_runner`, with packed weights."""
+    method, layers = PackedLinearMethod(), []
+    for outputs, inputs in shapes.products(shape):
+        layer = nn.Module()
+        layer.weight = nn.Parameter(torch.randn(outputs, inputs).to(dtype), requires_grad=False)
+        method.process_weights_after_loading(layer)
+        layers.append((layer, inputs))
+    x = {inputs: torch.randn(tokens, inputs).to(dtype) for _, inputs in layers}
+
+    @torch.no_grad()
+    def run() -> None:
+        for layer, inputs in layers:
+            method.apply(layer, x[inputs])
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="t5-base")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024])
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+
+    print(f"{args.shape}, {cpu_name()}, {torch.get_num_threads()} threads\n")
+    print("| dtype | tokens | torch, ms | packed, ms | torch / packed |")
+    print("|---|---|---|---|---|")
+    for name in ("bfloat16", "float16", "float32"):
+        dtype = getattr(torch, name)
+        if not multiplies(dtype):
+            continue
+        for tokens in tqdm(args.tokens, desc=name, leave=False):
+            runs = [make(args.shape, tokens, dtype) for make in (product_runner, packed_runner)]
+            for run in runs:
+                run()
+            times = [[clock(run) for run in runs] for _ in range(args.rounds)]
+            plain, packed = (statistics.median(column) * 1e3 for column in zip(*times))
+            print(f"| {name} | {tokens} | {plain:.1f} | {packed:.1f} | {plain / packed:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

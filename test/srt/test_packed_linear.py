@@ -1,0 +1,80 @@
+"""Packed linear layers against the product in float64, and their weights given back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from sglang.srt.layers.packed_linear import EPILOGUES, PackedLinearMethod, multiplies
+from torch import nn
+from transformers.activations import ACT2FN
+
+from checkpoints import fresh_seed
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+DTYPES = [dtype for dtype in TOLERANCE if multiplies(dtype)]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(fresh_seed())
+
+
+def linear(inputs: int, outputs: Sequence[int], dtype: torch.dtype) -> nn.Module:
+    layer = nn.Module()
+    layer.output_partition_sizes = list(outputs)
+    weight = torch.randn(sum(outputs), inputs) * 2 * inputs**-0.5
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return layer
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (got.double() - expected).norm() < TOLERANCE[got.dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(768, 512), (5, 33), (1, 1), (130, 7)])
+@pytest.mark.parametrize("tokens", [1, 17, 200])
+def test_products(dtype: torch.dtype, inputs: int, outputs: int, tokens: int) -> None:
+    layer, method = linear(inputs, [outputs], dtype), PackedLinearMethod()
+    x = torch.randn(tokens, inputs).to(dtype)
+    bias = torch.randn(outputs).to(dtype)
+    product = x.double() @ layer.weight.double().T
+    method.process_weights_after_loading(layer)
+    assert_close(method.apply(layer, x), product)
+    assert_close(method.apply(layer, x, bias), product + bias.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", EPILOGUES)
+def test_activations_and_gates(dtype: torch.dtype, activation: str) -> None:
+    method, act = PackedLinearMethod(EPILOGUES[activation]), ACT2FN[activation]
+    x = torch.randn(31, 96).to(dtype)
+    for outputs in ([40], [40, 40]):
+        layer = linear(96, outputs, dtype)
+        first, *second = (x.double() @ layer.weight.double().T).split(40, dim=-1)
+        method.process_weights_after_loading(layer)
+        expected = act(first) * second[0] if second else act(first)
+        got = method.apply(layer, x)
+        assert got.dtype == dtype
+        # A gate is rounded once more, before it multiplies.
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("epilogue", [None, EPILOGUES["relu"]])
+def test_weights_are_given_back_and_replaced(epilogue) -> None:
+    layer, method = linear(24, [8, 8], torch.float32), PackedLinearMethod(epilogue)
+    parameter, before = layer.weight, layer.weight.clone()
+    method.process_weights_after_loading(layer)
+    assert layer.weight is parameter and parameter.numel() == 0
+    method.restore_weights_before_loading(layer)
+    assert layer.weight is parameter and torch.equal(parameter, before)
+    parameter.data.mul_(-1)
+    method.process_weights_after_loading(layer)
+    x = torch.randn(3, 24)
+    product = x.double() @ -before.double().T
+    if epilogue is not None:
+        first, second = product.split(8, dim=-1)
+        product = first.relu() * second
+    assert_close(method.apply(layer, x), product)
