@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -53,12 +55,31 @@ def server(folder: Path, dtype: torch.dtype) -> Iterator[Encode]:
 
 @contextlib.contextmanager
 def native(folder: Path, dtype: torch.dtype) -> Iterator[Encode]:
-    """sglang's own diffusion encoder, called as `TextEncodingStage` calls it: padded, masked."""
+    """sglang's own diffusion encoder, called as `TextEncodingStage` calls it: padded, masked.
+
+    In a process of its own, where nothing of ours is loaded.
+    """
+    name = str(dtype).removeprefix("torch.")
+    here = dict(os.environ)
+    os.environ |= {"SGLANG_PLUGINS": "none", "THP_MEM_ALLOC_ENABLE": "0"}
+    try:
+        pool = multiprocessing.get_context("spawn").Pool(1, _load_native, (str(folder), name))
+    finally:
+        os.environ.clear()
+        os.environ |= here
+    with pool:
+        yield lambda batch: list(map(torch.from_numpy, pool.apply(_encode_native, (batch,))))
+
+
+_native_model: torch.nn.Module
+
+
+def _load_native(folder: str, dtype: str) -> None:
+    global _native_model
     from sglang.multimodal_gen.configs.models.encoders.t5 import T5Config
     from sglang.multimodal_gen.runtime.distributed.parallel_state import (
         maybe_init_distributed_environment_and_model_parallel,
     )
-    from sglang.multimodal_gen.runtime.managers.forward_context import set_forward_context
     from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 
     with socket.socket() as free:
@@ -73,27 +94,25 @@ def native(folder: Path, dtype: torch.dtype) -> Iterator[Encode]:
     }
     maybe_init_distributed_environment_and_model_parallel(1, 1)
     config = T5Config()
-    config.update_model_arch(json.loads((folder / "config.json").read_text()))
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        model = T5EncoderModel(config).eval()
-    finally:
-        torch.set_default_dtype(previous)
-    model.load_weights(load_file(folder / "model.safetensors").items())
+    config.update_model_arch(json.loads((Path(folder) / "config.json").read_text()))
+    torch.set_default_dtype(getattr(torch, dtype))
+    _native_model = T5EncoderModel(config).eval()
+    torch.set_default_dtype(torch.float32)
+    _native_model.load_weights(load_file(Path(folder) / "model.safetensors").items())
 
-    @torch.no_grad()
-    def encode(batch: list[list[int]]) -> list[torch.Tensor]:
-        ids_bl = torch.zeros(len(batch), PIPELINE_LENGTH, dtype=torch.long)
-        mask_bl = torch.zeros_like(ids_bl)
-        for i, ids in enumerate(batch):
-            ids_bl[i, : len(ids)] = torch.tensor(ids)
-            mask_bl[i, : len(ids)] = 1
-        with set_forward_context(current_timestep=0, attn_metadata=None):
-            states = model(input_ids=ids_bl, attention_mask=mask_bl).last_hidden_state
-        return [states[i, : len(ids)] for i, ids in enumerate(batch)]
 
-    yield encode
+@torch.no_grad()
+def _encode_native(batch: list[list[int]]) -> list[np.ndarray]:
+    from sglang.multimodal_gen.runtime.managers.forward_context import set_forward_context
+
+    ids_bl = torch.zeros(len(batch), PIPELINE_LENGTH, dtype=torch.long)
+    mask_bl = torch.zeros_like(ids_bl)
+    for i, ids in enumerate(batch):
+        ids_bl[i, : len(ids)] = torch.tensor(ids)
+        mask_bl[i, : len(ids)] = 1
+    with set_forward_context(current_timestep=0, attn_metadata=None):
+        states = _native_model(input_ids=ids_bl, attention_mask=mask_bl).last_hidden_state
+    return [states[i, : len(ids)].float().numpy() for i, ids in enumerate(batch)]
 
 
 @contextlib.contextmanager
