@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 CHECK_ALL = """
 import msgspec
@@ -33,3 +37,16 @@ def test_every_seam_fits_and_one_that_does_not_is_named() -> None:
     )
     assert process.returncode == 0, process.stderr
     assert "CHECKED 7" in process.stdout
+
+
+@pytest.mark.parametrize("environment", [{}, {"SGLANG_PLATFORM": "portable_cpu"}])
+def test_the_command_line_knows_the_flag(environment: dict[str, str]) -> None:
+    sglang = Path(sys.executable).with_name("sglang")
+    process = subprocess.run(
+        [sglang, "generate", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | environment,
+    )
+    assert "--srt-encoders" in process.stdout, process.stderr

@@ -14,6 +14,7 @@ import os
 import sys
 
 import torch
+from sglang.cli import plugins_first
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
@@ -33,6 +34,8 @@ def activate() -> str | None:
     Stands aside where there is an accelerator, and where the user picked upstream's CPU engine
     (`SGLANG_USE_CPU_ENGINE=1`).
     """
+    # Where SGLANG_PLATFORM names this platform, srt calls no other entry point of the group.
+    plugins_first.install()
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
