@@ -19,6 +19,7 @@ import torch
 from sglang.srt.encode_only import wire
 from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient
 from sglang.srt.encode_only.request import RequestError
+from transformers import T5EncoderModel
 
 from server_control import API_KEY, QUEUE, assert_close, frozen_scheduler, metric, schedulers
 
@@ -255,6 +256,29 @@ def test_a_paused_server_is_503(t5_server, client):
     finally:
         httpx.post(f"{url}/continue_generation", json={}, timeout=60)
     assert client.encode("a text")
+
+
+def test_weights_are_updated_on_a_running_server(t5_server, client, t5_folder, tmp_path):
+    """Packed weights are laid out anew."""
+    model = T5EncoderModel.from_pretrained(t5_folder)
+    for param in model.parameters():
+        param.data *= 1.25
+    model.save_pretrained(tmp_path)
+
+    def update(folder):
+        answer = httpx.post(
+            f"{t5_server.url}/update_weights_from_disk",
+            json={"model_path": str(folder)},
+            timeout=60,
+        )
+        assert answer.status_code == 200, answer.text
+        return client.encode([5, 6, 7])[0].last_hidden_state
+
+    before = client.encode([5, 6, 7])[0].last_hidden_state
+    with torch.no_grad():
+        [expected] = model(torch.tensor([[5, 6, 7]])).last_hidden_state
+    assert_close(update(tmp_path), expected)
+    assert_close(update(t5_folder), before)
 
 
 def test_the_route_is_in_the_api_description(t5_server):
