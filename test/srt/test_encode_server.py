@@ -21,6 +21,7 @@ from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient
 from sglang.srt.encode_only.request import RequestError
 from transformers import T5EncoderModel
 
+from checkpoints import edit_weights
 from server_control import API_KEY, QUEUE, assert_close, frozen_scheduler, metric, schedulers
 
 TEXTS = ["a lighthouse at dusk", "two foxes", "An old map of the harbour, in ink and wash."]
@@ -279,6 +280,18 @@ def test_weights_are_updated_on_a_running_server(t5_server, client, t5_folder, t
         [expected] = model(torch.tensor([[5, 6, 7]])).last_hidden_state
     assert_close(update(tmp_path), expected)
     assert_close(update(t5_folder), before)
+
+
+def test_an_update_that_fails_leaves_the_weights(t5_server, client, t5_folder, tmp_path):
+    model = T5EncoderModel.from_pretrained(t5_folder)
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, **{"encoder.final_layer_norm.weight": None})
+    before = client.encode([5, 6, 7])[0].last_hidden_state
+    url = f"{t5_server.url}/update_weights_from_disk"
+    answer = httpx.post(url, json={"model_path": str(tmp_path)}, timeout=60)
+    assert answer.status_code == 400
+    assert "final_layer_norm" in answer.text
+    assert_close(client.encode([5, 6, 7])[0].last_hidden_state, before)
 
 
 def test_the_route_is_in_the_api_description(t5_server):

@@ -69,6 +69,7 @@ def test_weights_are_given_back_and_replaced(epilogue) -> None:
     method.process_weights_after_loading(layer)
     assert layer.weight is parameter and parameter.numel() == 0
     method.restore_weights_before_loading(layer)
+    method.restore_weights_before_loading(layer)
     assert layer.weight is parameter and torch.equal(parameter, before)
     parameter.data.mul_(-1)
     method.process_weights_after_loading(layer)

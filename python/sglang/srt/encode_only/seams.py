@@ -146,6 +146,22 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         upstream="the same line in the method",
     ),
     Seam(
+        target="sglang.srt.model_executor.model_runner_components.weight_updater"
+        ":WeightUpdater.update_weights_from_disk",
+        kind="around",
+        hook="sglang.srt.encode_only.weights:update_or_go_back",
+        parameters=(
+            "self",
+            "model_path",
+            "load_format",
+            "weight_name_filter",
+            "recapture_cuda_graph",
+        ),
+        process="scheduler",
+        reason="An update that fails ends the server: upstream goes back to what failed.",
+        upstream="keep the previous model_path, and go back to that",
+    ),
+    Seam(
         target="sglang.srt.managers.scheduler_components.metrics_reporter"
         ":SchedulerMetricsReporter.report_prefill_stats",
         kind="after",

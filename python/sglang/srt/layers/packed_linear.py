@@ -69,6 +69,9 @@ class PackedLinearMethod(UnquantizedLinearMethod):
         layer.weight.data = weight.new_empty(0)
 
     def restore_weights_before_loading(self, layer: nn.Module) -> None:
+        # srt asks again when loading failed, to go back to what was loaded before.
+        if not layer.packed:
+            return
         layer.weight.data = torch.cat([part.to_dense() for part in layer.packed])
         layer.packed = []
 
