@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from sglang.srt.platforms import portable_cpu
 
 Encode = Callable[[list[list[int]]], list[torch.Tensor]]
 
@@ -61,7 +62,9 @@ def native(folder: Path, dtype: torch.dtype) -> Iterator[Encode]:
     """
     name = str(dtype).removeprefix("torch.")
     here = dict(os.environ)
-    os.environ |= {"SGLANG_PLUGINS": "none", "THP_MEM_ALLOC_ENABLE": "0"}
+    for variable in portable_cpu.ENVIRONMENT:
+        os.environ.pop(variable, None)
+    os.environ["SGLANG_PLUGINS"] = "none"
     try:
         pool = multiprocessing.get_context("spawn").Pool(1, _load_native, (str(folder), name))
     finally:

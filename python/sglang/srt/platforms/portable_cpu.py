@@ -23,6 +23,17 @@ logger = logging.getLogger(__name__)
 
 _BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 
+ENVIRONMENT = {
+    # torch asks for huge pages for large tensors.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    # What oneDNN and torch keep of the code compiled for each shape of a product: 0.7 MB, so that a
+    # server that saw prompts of every length held more than a gigabyte of it.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
+}
+"""What this process and those it starts get, where the user has not set it. torch reads all of it
+when it first computes."""
+
 # Tokens of KV cache that a server takes without --max-total-tokens: a few requests at full length.
 DEFAULT_KV_TOKENS = 16384
 DEFAULT_RUNNING_REQUESTS = 64
@@ -41,8 +52,8 @@ def activate() -> str | None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and accelerator.type != "cpu":
         return None
-    # torch then asks for huge pages for large tensors, in this process and those it starts.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     # Kernels for CUDA, whose import takes 145 MB and two seconds. srt does without where it must.
     for library in ("flashinfer", "cutlass"):
         sys.modules.setdefault(library, None)  # type: ignore[arg-type]
