@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Sequences of at most so many tokens share rows of at most so many,
-SHARED_LENGTH = 64
+SHARED_LENGTH = 32
 # as long as the scores of these rows, and so their mask, take no more than 16 MiB.
 MAX_SHARED_SCORES = 1 << 22
 # Longer ones whose lengths differ by less than this are padded to one another,
