@@ -74,16 +74,11 @@ def native(folder: Path, dtype: torch.dtype) -> Iterator[Encode]:
         yield lambda batch: list(map(torch.from_numpy, pool.apply(_encode_native, (batch,))))
 
 
-_native_model: torch.nn.Module
-
-
-def _load_native(folder: str, dtype: str) -> None:
-    global _native_model
-    from sglang.multimodal_gen.configs.models.encoders.t5 import T5Config
+def start_native() -> None:
+    """Makes this process a diffusion worker, of one rank."""
     from sglang.multimodal_gen.runtime.distributed.parallel_state import (
         maybe_init_distributed_environment_and_model_parallel,
     )
-    from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -96,6 +91,17 @@ def _load_native(folder: str, dtype: str) -> None:
         "WORLD_SIZE": "1",
     }
     maybe_init_distributed_environment_and_model_parallel(1, 1)
+
+
+_native_model: torch.nn.Module
+
+
+def _load_native(folder: str, dtype: str) -> None:
+    global _native_model
+    from sglang.multimodal_gen.configs.models.encoders.t5 import T5Config
+    from sglang.multimodal_gen.runtime.models.encoders.t5 import T5EncoderModel
+
+    start_native()
     config = T5Config()
     config.update_model_arch(json.loads((Path(folder) / "config.json").read_text()))
     torch.set_default_dtype(getattr(torch, dtype))

@@ -75,14 +75,20 @@ class Program:
 
 
 class Runs(Program):
-    """Generators one after another, each a pipeline folder with its options."""
+    """Generators one after another, each a pipeline folder with its options, and maybe the
+    settings and cases of its family."""
 
-    def __init__(self, scratch: Path, runs: list[tuple[Path, dict[str, Any]]], **environment: str):
+    def __init__(self, scratch: Path, runs: list[tuple[Any, ...]], **environment: str):
         scratch.mkdir()
         self._made = [scratch / f"{i}.npz" for i in range(len(runs))]
         described = [
-            {"folder": str(folder), "options": options | ports(), "made": str(made)}
-            for (folder, options), made in zip(runs, self._made, strict=True)
+            {
+                "folder": str(folder),
+                "options": options | ports(),
+                "made": str(made),
+                **(of_family[0] if of_family else {}),
+            }
+            for (folder, options, *of_family), made in zip(runs, self._made, strict=True)
         ]
         runs_file = scratch / "runs.json"
         runs_file.write_text(json.dumps(described))
@@ -123,15 +129,22 @@ def image(pictures: Pictures, name: str) -> np.ndarray:
     return np.clip(np.moveaxis(pictures[name].squeeze(), 0, -1), 0, 255).round()
 
 
-def make(folder: str, options: dict[str, Any], made: str) -> None:
+def make(
+    folder: str,
+    options: dict[str, Any],
+    made: str,
+    settings: dict[str, Any] | None = None,
+    cases: dict[str, dict[str, Any]] | None = None,
+) -> None:
     from sglang.multimodal_gen import DiffGenerator
 
-    video = VIDEO if "Wan" in Path(folder).name else {}
+    if settings is None:
+        settings = SETTINGS | (VIDEO if "Wan" in Path(folder).name else {})
     pictures: Pictures = {}
     with DiffGenerator.from_pretrained(model_path=folder, **options) as generator:
-        for name, case in CASES.items():
+        for name, case in (cases or CASES).items():
             results = generator.generate(
-                sampling_params_kwargs={**SETTINGS, **video, **case, "save_output": False}
+                sampling_params_kwargs={**settings, **case, "save_output": False}
             )
             assert results is not None, f"{folder} with {options} made no picture of {name}"
             for i, result in enumerate(results if isinstance(results, list) else [results]):

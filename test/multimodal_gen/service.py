@@ -1,4 +1,4 @@
-"""An image service of `sglang serve`, with its T5 at a relay's port."""
+"""An image service of `sglang serve`, with its T5 at a relay's port and its CLIP in the worker."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Service(Program):
             **FLUX_FLOAT32,
         }
         command = [str(Path(sys.executable).with_name("sglang")), "serve", str(flux)]
-        command += [*as_flags(flags), "--srt-encoders", self.relay.url]
+        command += [*as_flags(flags), "--srt-encoders", "srt", f"text_encoder_2={self.relay.url}"]
         super().__init__(command, folder / "log.txt")
 
     def wait_until_ready(self) -> None:

@@ -10,7 +10,9 @@ import torch
 from sglang.multimodal_gen.configs.models.encoders import T5Config
 from sglang.multimodal_gen.runtime.cache.conditioning import ConditioningCache
 from sglang.multimodal_gen.runtime.models.encoders.base import TextEncoder
+from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError, SrtTextEncoder
+from sglang.multimodal_gen.runtime.srt_encoder.reads import Reads
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
 from transformers import T5EncoderModel
@@ -49,7 +51,8 @@ def make(asked: Recorded) -> Callable[[torch.dtype], SrtTextEncoder]:
             T5Config(),
             component="text_encoder_2",
             encode=asked,
-            hidden_size=asked.encoder.info.hidden_size,
+            checkpoint=Checkpoint.read(asked.encoder.info.model),
+            reads=Reads(last=True),
             dtype=dtype,
         )
         return encoder.eval()
@@ -113,7 +116,7 @@ def test_a_row_of_pads_alone_is_zero(make, asked, batch):
 def test_a_mask_with_a_hole_is_refused(make, batch):
     ids, mask = batch
     mask[0, 3] = 0
-    with pytest.raises(ValueError, match="text_encoder_2 on srt takes an attention mask of 1s"):
+    with pytest.raises(ValueError, match="text_encoder_2 on srt takes an attention mask whose 1s"):
         make(torch.float32)(input_ids=ids, attention_mask=mask)
 
 

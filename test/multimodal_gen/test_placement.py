@@ -13,6 +13,8 @@ from sglang.multimodal_gen.runtime.srt_encoder.placement import (
 )
 
 FLUX = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
+MIXED = {"text_encoder": "Gemma4UnifiedModel", "text_encoder_2": "T5EncoderModel"}
+"""The first of a class that srt does not serve."""
 ONE, TWO = "http://10.0.0.7:30000", "https://encoders.example/t5"
 
 
@@ -79,8 +81,20 @@ def test_what_is_no_place_is_refused(option: Option, message: str):
 )
 def test_a_place_for_every_encoder_is_for_those_that_srt_serves(option: Option, places: tuple):
     placements = read(option)
+    placements.check("mixed", MIXED)
+    assert tuple(placements.of(*encoder) for encoder in MIXED.items()) == places
+
+
+def test_srt_serves_every_encoder_of_flux():
+    placements = read("srt")
     placements.check("flux", FLUX)
-    assert tuple(placements.of(*encoder) for encoder in FLUX.items()) == places
+    assert [placements.of(*encoder) for encoder in FLUX.items()] == [InWorker()] * 2
+
+
+def test_a_url_for_the_encoder_that_is_left():
+    placements = read(f"{ONE} text_encoder=srt")
+    placements.check("flux", FLUX)
+    assert placements.of("text_encoder_2", FLUX["text_encoder_2"]) == Servers((ONE,))
 
 
 @pytest.mark.parametrize(
@@ -92,14 +106,19 @@ def test_a_place_for_every_encoder_is_for_those_that_srt_serves(option: Option, 
             "'text_encoder_3', but the text encoders of flux are text_encoder, text_encoder_2",
         ),
         ("vae=native", FLUX, "a place for 'vae', but the text encoders"),
-        ("text_encoder=srt", FLUX, "text_encoder=srt: srt does not serve CLIPTextModel. It serves"),
-        (f"text_encoder={ONE}", FLUX, "does not serve CLIPTextModel"),
+        ("text_encoder=srt", MIXED, "text_encoder=srt: srt does not serve Gemma4UnifiedModel. It"),
+        (f"text_encoder={ONE}", MIXED, "does not serve Gemma4UnifiedModel"),
         (
             "srt",
-            {"text_encoder": "Qwen3ForCausalLM"},
-            r"none of the text encoders of flux: text_encoder \(Qwen3ForCausalLM\)",
+            {"text_encoder": "Gemma4UnifiedModel"},
+            r"none of the text encoders of flux: text_encoder \(Gemma4UnifiedModel\)",
         ),
         (ONE, {}, "none of the text encoders of flux: none"),
+        (
+            f"{ONE},{TWO}",
+            FLUX,
+            "is for text_encoder, text_encoder_2 of flux, but a server has one encoder. Give each",
+        ),
     ],
 )
 def test_what_does_not_fit_the_pipeline_is_refused(

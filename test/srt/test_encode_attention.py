@@ -12,7 +12,7 @@ from sglang.srt.encode_only.in_process import pack
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
 from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
 from sglang.srt.layers.attention.encode_only.reference import reference_attention
-from sglang.srt.layers.attention.encode_only.sdpa import LENGTH_STEP, SdpaBackend
+from sglang.srt.layers.attention.encode_only.sdpa import LENGTH_STEP, Reach, SdpaBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.runtime_context import get_parallel
@@ -53,6 +53,7 @@ def attend_both_ways(
     causal: bool = False,
     with_bias: bool = True,
     logit_cap: float = 0.0,
+    window: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the backend computes for random queries, keys and values, and what float64 does."""
     kv_heads = kv_heads or heads
@@ -63,6 +64,7 @@ def attend_both_ways(
         num_kv_heads=kv_heads,
         layer_id=0,
         logit_cap=logit_cap,
+        sliding_window_size=window,
         attn_type=AttentionType.DECODER if causal else AttentionType.ENCODER_ONLY,
     )
     bias = random_bias(heads) if with_bias else None
@@ -91,6 +93,7 @@ def attend_both_ways(
         causal=causal,
         bias=None if bias is None else bias.by_distance(max(lengths)),
         logit_cap=logit_cap,
+        window=None if window < 0 else window,
     )
     assert out.dtype == dtype
     return out, expected.flatten(1)
@@ -142,20 +145,27 @@ def test_capped_scores(kv_heads: int, seed: int) -> None:
     assert_rows_close(out, expected)
 
 
-def test_a_sliding_window_is_refused_where_it_would_matter() -> None:
-    layer = RadixAttention(2, 8, scaling=1.0, num_kv_heads=2, layer_id=0, sliding_window_size=9)
-    runner = SimpleNamespace(device=CPU, model_config=SimpleNamespace(num_attention_heads=2))
-    backend = SdpaBackend(runner)
-    for length in (10, 11):
-        batch = pack([EncodeInput(token_ids=[0] * length)], CPU)
-        backend.init_forward_metadata(batch)
-        qkv = torch.randn(3, length, 16)
-        with forward_context(ForwardContext(backend), forward_batch=batch):
-            if length == 10:
-                layer(*qkv, batch, save_kv_cache=False)
-                continue
-            with pytest.raises(ValueError, match=r"sliding window.* 9 tokens.* 11"):
-                layer(*qkv, batch, save_kv_cache=False)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("window", [1, 9, 40, 200])
+def test_sliding_windows(window: int, causal: bool, seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    lengths = [round(120 ** rng.random()) for _ in range(20)] + [window + 1, window + 2]
+    out, expected = attend_both_ways(
+        lengths, kv_heads=2, window=window, causal=causal, with_bias=False, logit_cap=3.0
+    )
+    assert_rows_close(out, expected)
+
+
+def test_a_pad_whose_window_holds_no_key_is_zero(seed: int) -> None:
+    torch.manual_seed(seed)
+    out, expected = attend_both_ways(
+        [30, 70], attend=[5, 20], window=10, causal=True, with_bias=False
+    )
+    blind = expected.norm(dim=1) == 0
+    assert blind.sum() == (30 - 15) + (70 - 30)
+    assert not out[blind].any()
+    assert_rows_close(out[~blind], expected[~blind])
 
 
 def test_a_long_sequence_has_no_matrix_of_biases() -> None:
@@ -163,7 +173,7 @@ def test_a_long_sequence_has_no_matrix_of_biases() -> None:
     runner = SimpleNamespace(device=CPU, model_config=SimpleNamespace(num_attention_heads=8))
     backend = SdpaBackend(runner)
     backend.init_forward_metadata(pack([EncodeInput(token_ids=[0] * 512)] * 16, CPU))
-    masks = backend.plan.masks(random_bias(8), causal=False)
+    masks = backend.plan.masks(random_bias(8), Reach())
     bytes_held = {m.untyped_storage().data_ptr(): m.untyped_storage().nbytes() for m in masks}
     assert sum(bytes_held.values()) == 8 * (2 * 512 - 1) * 4
 

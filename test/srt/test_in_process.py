@@ -17,7 +17,7 @@ import torch
 from sglang.srt import runtime_context
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
-from transformers import LlamaConfig
+from transformers import BertConfig
 
 from checkpoints import random_config, random_inputs, write_t5
 
@@ -114,8 +114,8 @@ def test_bad_input_names_the_input(encoder: InProcessEncoder) -> None:
 
 
 def test_what_is_no_encoder(tmp_path: Path) -> None:
-    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*T5EncoderModel"):
+    BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"BertModel.*T5EncoderModel"):
         InProcessEncoder(str(tmp_path), device="cpu")
 
 

@@ -34,7 +34,8 @@ SCHEDULER_PROCESS = """
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.encode_only.plugin import enter_scheduler
-enter_scheduler()
+from transformers import T5Config
+enter_scheduler(T5Config(architectures=["T5EncoderModel"]))
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 print("MODE", ForwardMode["ENCODE_ONLY"].name, ForwardMode["ENCODE_ONLY"].is_extend())

@@ -10,6 +10,7 @@ from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.encode_only import server_args as encode_only_args
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
+from transformers import BertConfig
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,7 +19,7 @@ def plugins():
 
 
 def resolved(monkeypatch, **fields):
-    monkeypatch.setattr("sglang.srt.encode_only.plugin.enter_encode_only", lambda: None)
+    monkeypatch.setattr("sglang.srt.encode_only.plugin.enter_encode_only", lambda config: None)
     args = encode_only_args.ServerArgs(is_embedding_encoder=True, **fields)
     args.resolve_once()
     return resolving_view(args)
@@ -72,13 +73,23 @@ def test_a_contradiction_names_the_flag_and_the_reason(
     assert "contradicts --is-embedding-encoder: " in str(error.value)
 
 
-def test_a_model_that_is_no_encoder_is_refused_with_the_list_of_those(
+def test_a_model_that_is_no_encoder_is_refused_with_the_list_of_those(monkeypatch, tmp_path: Path):
+    BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="BertModel") as error:
+        resolved(monkeypatch, model_path=str(tmp_path))
+    for name in ("T5EncoderModel", "CLIPTextModel", "Qwen3ForCausalLM", "every causal language"):
+        assert name in str(error.value)
+
+
+def test_a_language_model_has_no_cache_and_the_length_of_its_config(
     monkeypatch, llama_folder: Path
 ):
-    with pytest.raises(ValueError, match="LlamaForCausalLM") as error:
-        resolved(monkeypatch, model_path=str(llama_folder))
-    for name in ("T5EncoderModel", "UMT5EncoderModel", "MT5ForConditionalGeneration"):
-        assert name in str(error.value)
+    cfg = resolved(monkeypatch, model_path=str(llama_folder))
+    assert cfg.disable_radix_cache and cfg.prefill_only_disable_kv_cache
+    # Its config has no positions of its own, so transformers' 2048.
+    assert encode_only_args.max_length_of(cfg.context_length) == 2048
+    with pytest.raises(ValueError, match="2049 is beyond the 2048 positions"):
+        resolved(monkeypatch, model_path=str(llama_folder), context_length=2049)
 
 
 def test_an_encoder_without_the_flag_is_told_about_it(t5_folder: Path):

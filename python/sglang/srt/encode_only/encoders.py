@@ -1,41 +1,126 @@
 """What encode-only mode can serve: one entry an architecture, shared by server and diffusion side.
 
-To add an encoder: a model class in `sglang/srt/models/` and an entry here.
+To add an encoder: an entry here, and a model class in `sglang/srt/models/` unless srt has one.
+`docs/adding-an-encoder.md` goes through it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 import types
 from collections.abc import Iterator
+from pkgutil import resolve_name
+from typing import Any, Literal
 
 import msgspec
+from sglang.srt.encode_only.request import EncoderInfo
 from sglang.srt.environ import envs
 
 
-class Encoder(msgspec.Struct, frozen=True):
+class Encoder(msgspec.Struct, frozen=True, kw_only=True):
     """An architecture that runs as an encoder.
 
     Attributes:
-        module: where its model class lives; the class has the architecture's name.
+        model: its class, `module:attribute`; a class of srt's own for a decoder LLM.
+        decoder: whether that is a causal language model, of which hidden states are taken.
         causal: whether a token attends to earlier ones only. A bidirectional encoder can reuse a
             whole prompt, never a prefix.
-        max_positions: the config field that limits the length, None for relative positions.
+        max_positions: the field of the text config that limits the length; None for relative
+            positions.
+        embedding: the vector that `/v1/embeddings` gives: the `mean` of the last hidden state over
+            tokens, that of the `last` token, or the `pooled` vector.
+        pooled_size: the field of the text config with the width of the pooled vector; None for a
+            model that has none.
+        stock: whether stock srt serves the architecture too, in a way of its own.
     """
 
-    module: str
+    model: str
+    decoder: bool = False
     causal: bool = False
     max_positions: str | None = None
+    embedding: Literal["mean", "last", "pooled"] = "mean"
+    pooled_size: str | None = None
+    stock: bool = False
+
+    def model_class(self) -> type:
+        """The class that srt builds."""
+        found = resolve_name(self.model)
+        if not self.decoder:
+            return found
+        from sglang.srt.encode_only.decoders import as_encoder
+
+        return as_encoder(found)
 
 
-_T5 = Encoder(module="sglang.srt.models.t5_encoder")
+_CLIP = Encoder(
+    model="sglang.srt.models.clip_text:CLIPTextModel",
+    causal=True,
+    max_positions="max_position_embeddings",
+    embedding="pooled",
+    pooled_size="hidden_size",
+)
+_CLIP_WITH_PROJECTION = msgspec.structs.replace(
+    _CLIP,
+    model="sglang.srt.models.clip_text:CLIPTextModelWithProjection",
+    pooled_size="projection_dim",
+)
+
+
+def _decoder(model: str) -> Encoder:
+    return Encoder(
+        model=model,
+        decoder=True,
+        causal=True,
+        max_positions="max_position_embeddings",
+        embedding="last",
+        stock=True,
+    )
+
+
+# By srt's class for the text model: the architectures whose text model it is. A VL checkpoint's
+# vision tower is neither built nor read.
+_DECODERS = {
+    "sglang.srt.models.gemma2:Gemma2ForCausalLM": ("Gemma2ForCausalLM", "Gemma2Model"),
+    "sglang.srt.models.gemma3_causal:Gemma3ForCausalLM": (
+        "Gemma3ForCausalLM",
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Model",
+        "Gemma3TextModel",
+    ),
+    "sglang.srt.models.llama:LlamaForCausalLM": ("LlamaForCausalLM", "LlamaModel"),
+    "sglang.srt.models.mistral:MistralForCausalLM": (
+        "MistralForCausalLM",
+        "MistralModel",
+        "Mistral3ForConditionalGeneration",
+        "Mistral3Model",
+    ),
+    "sglang.srt.models.qwen2:Qwen2ForCausalLM": (
+        "Qwen2ForCausalLM",
+        "Qwen2Model",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLModel",
+        "Qwen2_5_VLTextModel",
+    ),
+    "sglang.srt.models.qwen3:Qwen3ForCausalLM": (
+        "Qwen3ForCausalLM",
+        "Qwen3Model",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLModel",
+        "Qwen3VLTextModel",
+    ),
+}
 
 ENCODERS: dict[str, Encoder] = {
-    family + kind: _T5
-    for family in ("T5", "MT5", "UMT5")
-    for kind in ("EncoderModel", "ForConditionalGeneration", "Model")
+    **{
+        family + kind: Encoder(model=f"sglang.srt.models.t5_encoder:{family}{kind}")
+        for family in ("T5", "MT5", "UMT5")
+        for kind in ("EncoderModel", "ForConditionalGeneration", "Model")
+    },
+    "CLIPTextModel": _CLIP,
+    "CLIPTextModelWithProjection": _CLIP_WITH_PROJECTION,
+    "CLIPModel": msgspec.structs.replace(_CLIP_WITH_PROJECTION, stock=True),
+    **{name: _decoder(model) for model, names in _DECODERS.items() for name in names},
 }
 """By the first entry of `architectures` in the checkpoint's `config.json`."""
 
@@ -45,14 +130,91 @@ def find_encoder(architectures: list[str] | None) -> Encoder | None:
     return ENCODERS.get(architectures[0]) if architectures else None
 
 
-def register_models() -> None:
-    """Puts the model classes into srt's registry."""
+def find_decoder(architectures: list[str] | None) -> Encoder | None:
+    """The encoder for a causal language model that stock srt serves and ENCODERS does not name.
+
+    Imports every model that srt has.
+    """
+    from sglang.srt.configs.model_config import is_generation_model
+
+    if not architectures or not is_generation_model(architectures):
+        return None
+    found = _registry().models
+    if architectures[0] not in found:
+        found = _registry(scan=True).models
+    model = found.get(architectures[0])
+    if model is None:
+        return None
+    return _decoder(f"{model.__module__}:{model.__qualname__}")
+
+
+def encoder_of(hf_config: Any) -> Encoder:
+    """The encoder for a checkpoint with that Hugging Face config.
+
+    Raises:
+        ValueError: there is none.
+    """
+    architectures = hf_config.architectures
+    encoder = find_encoder(architectures) or find_decoder(architectures)
+    if encoder is None:
+        raise ValueError(
+            f"its architecture is {architectures}. Encode-only mode serves {', '.join(ENCODERS)}, "
+            "and every causal language model that srt serves."
+        )
+    return encoder
+
+
+def info_of(model: str, model_config: Any, max_length: int) -> EncoderInfo:
+    """What an encoder is, for its callers.
+
+    Args:
+        model: the name under which it is served.
+        model_config: srt's ModelConfig.
+        max_length: most tokens of one input.
+    """
+    encoder = encoder_of(model_config.hf_config)
+    field = encoder.pooled_size
+    return EncoderInfo(
+        model=model,
+        architecture=model_config.hf_config.architectures[0],
+        num_layers=model_config.num_hidden_layers,
+        hidden_size=model_config.hidden_size,
+        vocab_size=model_config.vocab_size,
+        max_length=max_length,
+        dtype=str(model_config.dtype).removeprefix("torch."),
+        pooled_size=getattr(model_config.hf_text_config, field) if field else None,
+        causal=encoder.causal,
+        soft_cap=getattr(model_config.hf_text_config, "attn_logit_softcapping", None),
+    )
+
+
+def register_model(architecture: str, encoder: Encoder) -> None:
+    """Puts the model class into srt's registry, in this process."""
+    _registry().models[architecture] = encoder.model_class()
+
+
+@contextlib.contextmanager
+def registered(architecture: str, encoder: Encoder) -> Iterator[None]:
+    """The same for a while, in a process that may load other models by srt's own classes."""
+    models = _registry().models
+    before = models.get(architecture)
+    register_model(architecture, encoder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del models[architecture]
+        else:
+            models[architecture] = before
+
+
+def _registry(scan: bool = False) -> Any:
+    """srt's model registry; with `scan`, after it imported every model that srt has."""
     with _no_scan():
         from sglang.srt.models.registry import ModelRegistry
-
-    for architecture, encoder in ENCODERS.items():
-        module = importlib.import_module(encoder.module)
-        ModelRegistry.models[architecture] = getattr(module, architecture)
+    if scan:
+        ModelRegistry.get_supported_archs()
+    return ModelRegistry
 
 
 @contextlib.contextmanager

@@ -19,10 +19,10 @@ from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.encode_only.batch import ForwardBatch
-from sglang.srt.encode_only.encoders import ENCODERS
+from sglang.srt.encode_only.encoders import encoder_of, info_of, registered
 from sglang.srt.encode_only.forward_mode import encode_only_mode
 from sglang.srt.encode_only.outputs import unpack
-from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncoderInfo, RequestError
+from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, RequestError
 from sglang.srt.encode_only.server_args import ServerArgs, max_length_of
 from sglang.srt.layers.attention.encode_only.sdpa import create_encode_only_backend
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -78,31 +78,24 @@ class InProcessEncoder:
             self._context = create_context(args, role="scheduler", ranks=ranks)
             with use_context(self._context) as context:
                 self.device = torch.device(get_device().device) if place is None else place
-                context.parallel.override_permanently(
-                    tp_group=SimpleNamespace(world_size=1, rank_in_group=0)
+                alone = SimpleNamespace(
+                    world_size=1, rank=0, rank_in_group=0, is_first_rank=True, is_last_rank=True
                 )
+                context.parallel.override_permanently(tp_group=alone, pp_group=alone)
                 self.model_config = ModelConfig.from_server_args(args)
-                self._model: Any = get_model(
-                    model_config=self.model_config,
-                    load_config=LoadConfig(
-                        load_format=args.load_format,
-                        model_loader_extra_config=args.model_loader_extra_config,
-                    ),
-                    device_config=DeviceConfig(self.device.type, gpu_id),
-                )
+                hf_config = self.model_config.hf_config
+                with registered(hf_config.architectures[0], encoder_of(hf_config)):
+                    self._model: Any = get_model(
+                        model_config=self.model_config,
+                        load_config=LoadConfig(
+                            load_format=args.load_format,
+                            model_loader_extra_config=args.model_loader_extra_config,
+                        ),
+                        device_config=DeviceConfig(self.device.type, gpu_id),
+                    )
                 self._attention: Any = create_encode_only_backend(self)
-        config: Any = self.model_config
-        architecture = config.hf_config.architectures[0]
-        self.info = EncoderInfo(
-            model=model_path,
-            architecture=architecture,
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            max_length=max_length_of(config.context_len),
-            dtype=str(config.dtype).removeprefix("torch."),
-            causal=ENCODERS[architecture].causal,
-        )
+        max_length = max_length_of(self.model_config.context_len)
+        self.info = info_of(model_path, self.model_config, max_length)
 
     def encode(self, inputs: Sequence[EncodeInput]) -> list[EncodeOutput]:
         """The answer for each input, in their order, with tensors on the encoder's device.

@@ -66,9 +66,17 @@ class LayerCapture:
     @property
     def last_block(self) -> int:
         """How many blocks have to run for what was asked."""
-        if LAST_HIDDEN_STATE in self.wanted or any(s and s.pooled for s in self.specs):
-            return self.num_layers
-        return max(self.wanted, default=0)
+        return self.num_layers if self.wants_last else max(self.wanted, default=0)
+
+    @property
+    def wants_last(self) -> bool:
+        """Whether the state after the final norm is asked for, or what is made of it."""
+        return LAST_HIDDEN_STATE in self.wanted or self.wants_pooled
+
+    @property
+    def wants_pooled(self) -> bool:
+        """Whether somebody asked for the model's pooled vector, or for a plain embedding."""
+        return any(spec is None or spec.pooled for spec in self.specs)
 
     def offer(self, layer: int, states_th: torch.Tensor) -> None:
         """Takes `hidden_states[layer]`, `[tokens, hidden]`, if somebody asked for it.

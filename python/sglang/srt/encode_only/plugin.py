@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import multiprocessing
 import sys
+from typing import Any
 
 from sglang.srt.encode_only import seams
 
@@ -40,8 +41,8 @@ def install() -> None:
     seams.install(seam for seam in seams.ALWAYS if seam.module in sys.modules)
 
 
-def enter_encode_only() -> None:
-    """Puts this process into encode-only mode.
+def enter_encode_only(hf_config: Any) -> None:
+    """Puts this process into encode-only mode, for a checkpoint with that Hugging Face config.
 
     Called in every process that takes on arguments with `is_embedding_encoder`: the one that starts
     the others, which finds out for all of them whether every seam fits, then the schedulers and the
@@ -54,10 +55,10 @@ def enter_encode_only() -> None:
     if "sglang.srt.entrypoints.engine" in sys.modules:
         _enter_server()
     elif "sglang.srt.managers.scheduler" in sys.modules:
-        enter_scheduler()
+        enter_scheduler(hf_config)
 
 
-def enter_scheduler() -> None:
+def enter_scheduler(hf_config: Any) -> None:
     """The part of encode-only mode that runs models, for a scheduler or a worker elsewhere."""
     from sglang.srt.encode_only import encoders, metrics
     from sglang.srt.encode_only.forward_mode import encode_only_mode
@@ -65,7 +66,7 @@ def enter_scheduler() -> None:
     encode_only_mode()
     seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "scheduler")
     importlib.import_module("sglang.srt.layers.attention.encode_only.sdpa")
-    encoders.register_models()
+    encoders.register_model(hf_config.architectures[0], encoders.encoder_of(hf_config))
     metrics.name_mode_in_log()
 
 

@@ -45,7 +45,8 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
         max_length: most tokens of one input.
         dtype: of the tensors that come back, such as `bfloat16`.
         pooled_size: width of the pooled vector, None where the model has none (T5).
-        causal: whether a token attends to later ones.
+        causal: whether a token attends to earlier ones only.
+        soft_cap: what attention scores are bounded to, by a tanh; None for no bound.
     """
 
     model: str
@@ -57,6 +58,7 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     pooled_size: int | None = None
     causal: bool = False
+    soft_cap: float | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:

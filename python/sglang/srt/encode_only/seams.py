@@ -180,10 +180,11 @@ ENCODE_ONLY: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
         kind="before",
-        hook="sglang.srt.encode_only.service:refuse_generation",
+        hook="sglang.srt.encode_only.service:refuse_what_no_encoder_does",
         parameters=("self", "obj", "input_ids"),
         process="server",
-        reason="A generate request ends a server that has an embedding model.",
+        reason="A generate request ends a server that has an embedding model; pictures beside a "
+        "text are dropped in silence by one without a vision tower.",
         upstream="the same check, in the same place",
     ),
     Seam(

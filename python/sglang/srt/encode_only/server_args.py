@@ -16,9 +16,10 @@ from sglang.srt.arg_groups.arg_utils import NS, A
 from sglang.srt.arg_groups.choices import add_attention_backend_choices
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-from sglang.srt.encode_only.encoders import ENCODERS, Encoder, find_encoder
+from sglang.srt.encode_only.encoders import Encoder, encoder_of, find_encoder
+from sglang.srt.environ import envs
 from sglang.srt.server_args import ServerArgs as StockServerArgs
-from sglang.srt.utils.hf_transformers_utils import get_config
+from sglang.srt.utils.hf_transformers_utils import get_config, get_hf_text_config
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,9 @@ DEFAULT_MAX_LENGTH = 2048
 _HELP = (
     "Serve the model as an encoder: one forward pass a request, no KV cache, no sampling; the "
     "hidden states of every token come back as tensors from POST /v1/encode. Implies "
-    "--is-embedding. For "
-    f"{', '.join(name for name in ENCODERS if name.endswith('EncoderModel'))} and the encoders of "
-    "their encoder-decoder checkpoints."
+    "--is-embedding. For T5, MT5 and UMT5 (of encoder-decoder checkpoints, their encoder), CLIP's "
+    "text encoders, and every causal language model that srt serves (of VL checkpoints, their text "
+    "model)."
 )
 
 
@@ -51,7 +52,7 @@ class ServerArgs(StockServerArgs):  # type: ignore[misc, valid-type]
         if self.is_embedding_encoder:
             from sglang.srt.encode_only.plugin import enter_encode_only
 
-            enter_encode_only()
+            enter_encode_only(_hf_config_of(self))
 
 
 def max_length_of(context_len: int) -> int:
@@ -92,18 +93,19 @@ def _refuse_contradictions(cfg: Any) -> None:
             )
 
 
-def _encoder_of(cfg: Any) -> tuple[Encoder, Any]:
-    """The encoder for the checkpoint, and its Hugging Face config; ValueError if there is none."""
-    hf_config = get_config(
+def _hf_config_of(cfg: Any) -> Any:
+    return get_config(
         cfg.model_path, trust_remote_code=cfg.trust_remote_code, revision=cfg.revision
     )
-    encoder = find_encoder(hf_config.architectures)
-    if encoder is None:
-        raise ValueError(
-            f"--is-embedding-encoder cannot serve {cfg.model_path}: its architecture is "
-            f"{hf_config.architectures}. It serves {', '.join(ENCODERS)}."
-        )
-    return encoder, hf_config
+
+
+def _encoder_of(cfg: Any) -> tuple[Encoder, Any]:
+    """The encoder for the checkpoint, and its config; ValueError if there is none."""
+    hf_config = _hf_config_of(cfg)
+    try:
+        return encoder_of(hf_config), hf_config
+    except ValueError as error:
+        raise ValueError(f"--is-embedding-encoder cannot serve {cfg.model_path}: {error}") from None
 
 
 def _resolve_encode_only(server_args: Any) -> None:
@@ -111,9 +113,10 @@ def _resolve_encode_only(server_args: Any) -> None:
     cfg = resolving_view(server_args)
     _refuse_contradictions(cfg)
     encoder, hf_config = _encoder_of(cfg)
+    text_config = get_hf_text_config(hf_config)
 
-    limit = getattr(hf_config, encoder.max_positions) if encoder.max_positions else None
-    length = cfg.context_length or limit or DEFAULT_MAX_LENGTH
+    limit = getattr(text_config, encoder.max_positions) if encoder.max_positions else None
+    length = cfg.context_length or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     if limit is not None and length > limit:
         raise ValueError(
             f"--context-length {length} is beyond the {limit} positions of {cfg.model_path}."
@@ -121,13 +124,17 @@ def _resolve_encode_only(server_args: Any) -> None:
     if length < 1:
         raise ValueError(f"--context-length is {length}; give at least 1.")
     overrides = json.loads(cfg.json_model_override_args)
-    # The key that srt reads first for a model's length; the model itself does not read it.
-    overrides["max_sequence_length"] = length + RESERVED_TOKENS
+    if encoder.decoder or text_config is not hf_config:
+        # With what it reserves, srt's length can be beyond the positions; an input's is not.
+        envs.SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN.set(True)
+    else:
+        # The key that srt reads first for a model's length; the model itself does not read it.
+        overrides["max_sequence_length"] = length + RESERVED_TOKENS
 
     dtype = cfg.dtype
     if dtype == "auto":
         # srt halves fp32 checkpoints; an encoder gives back the numbers of its checkpoint.
-        dtype = str(getattr(hf_config, "dtype", None) or torch.float32).removeprefix("torch.")
+        dtype = str(getattr(text_config, "dtype", None) or torch.float32).removeprefix("torch.")
 
     declare_resolution(
         server_args,
@@ -137,7 +144,10 @@ def _resolve_encode_only(server_args: Any) -> None:
         context_length=length + RESERVED_TOKENS,
         json_model_override_args=json.dumps(overrides),
         chunked_prefill_size=-1,
-        disable_radix_cache=not encoder.causal or cfg.disable_radix_cache,
+        # A prefix is reused by its KV cache, which there is none of.
+        disable_radix_cache=True,
+        # Of a VL checkpoint, the text model is served.
+        enable_multimodal=False,
         prefill_only_disable_kv_cache=True,
         attention_backend=ATTENTION_BACKEND,
         # One budget bounds a batch: its tokens. A longer input is a batch of its own. srt counts
@@ -162,7 +172,8 @@ def _refuse_encoder_without_mode(server_args: Any, previous: Any) -> None:
     """An encoder run as a generating or embedding model would answer with wrong numbers."""
     if not resolving_view(server_args).is_embedding_encoder:
         architectures = model_config_of(server_args).hf_config.architectures
-        if find_encoder(architectures) is not None:
+        encoder = find_encoder(architectures)
+        if encoder is not None and not encoder.stock:
             raise ValueError(
                 f"{architectures[0]} is an encoder; serve it with --is-embedding-encoder."
             )

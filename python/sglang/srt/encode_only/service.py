@@ -16,7 +16,7 @@ from http import HTTPStatus
 from typing import Any
 
 import fastapi
-from sglang.srt.encode_only.encoders import ENCODERS
+from sglang.srt.encode_only.encoders import info_of
 from sglang.srt.encode_only.outputs import unpack
 from sglang.srt.encode_only.request import (
     EncodeInput,
@@ -49,17 +49,10 @@ class EncodeService:
 
     @property
     def info(self) -> EncoderInfo:
-        config = self._manager.model_config
-        architecture = config.hf_config.architectures[0]
-        return EncoderInfo(
-            model=self._manager.served_model_name,
-            architecture=architecture,
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            max_length=max_length_of(self._manager.context_len),
-            dtype=str(config.dtype).removeprefix("torch."),
-            causal=ENCODERS[architecture].causal,
+        return info_of(
+            self._manager.served_model_name,
+            self._manager.model_config,
+            max_length_of(self._manager.context_len),
         )
 
     @property
@@ -196,16 +189,19 @@ def service_of(tokenizer_manager: TokenizerManager) -> EncodeService:
     return EncodeService(tokenizer_manager)
 
 
-def refuse_generation(
+def refuse_what_no_encoder_does(
     self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput, input_ids: Any
 ) -> None:
-    """BEFORE `TokenizerManager._validate_one_request`: an encoder cannot generate.
+    """BEFORE `TokenizerManager._validate_one_request`: what an encoder cannot do.
 
     Raises:
-        ValueError: for a generate request, which would end the scheduler.
+        ValueError: for a generate request, which would end the scheduler, and for one with
+            pictures, sounds or films, which would be answered without them.
     """
     if isinstance(obj, GenerateReqInput):
         raise ValueError(no_generation(self.served_model_name))
+    if any((obj.image_data, obj.video_data, obj.audio_data)):
+        raise ValueError(f"{self.served_model_name} is a text encoder; give it texts alone.")
 
 
 def no_generation(model: str) -> str:

@@ -45,6 +45,16 @@ def multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products with weights are computed in, and weights held in, for a model of `dtype`.
+
+    A CPU without instructions for half precision multiplies it several times slower than float32.
+    """
+    if torch.get_default_device().type != "cpu" or multiplies(dtype):
+        return dtype
+    return torch.float32
+
+
 class PackedLinearMethod(UnquantizedLinearMethod):
     """Stands in for the unquantized method of a linear layer on a CPU.
 

@@ -12,15 +12,15 @@ Source: T5EncoderModel, MT5EncoderModel and UMT5EncoderModel of transformers; ar
 
 from __future__ import annotations
 
-import collections
 import logging
 from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from sglang.srt.encode_only.outputs import LayerCapture
 from sglang.srt.encode_only.request import LAST_HIDDEN_STATE
+from sglang.srt.encode_only.weights import Destination, load_encoder
 from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
@@ -33,13 +33,13 @@ from sglang.srt.layers.packed_linear import (
     PackedLinearMethod,
     multiplies,
     pack_linears,
+    product_dtype,
 )
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix
 from torch import nn
@@ -47,16 +47,6 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 logger = logging.getLogger(__name__)
-
-
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What products with weights are computed in, and weights held in, for a model of `dtype`.
-
-    A CPU without instructions for half precision multiplies it several times slower than float32.
-    """
-    if torch.get_default_device().type != "cpu" or multiplies(dtype):
-        return dtype
-    return torch.float32
 
 
 def within_range(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -235,20 +225,6 @@ class T5Block(nn.Module):
         return x_th + self.feed_forward(self.feed_forward_norm(x_th))
 
 
-class Destination(NamedTuple):
-    """Where a weight of the checkpoint goes.
-
-    Attributes:
-        module: the module that holds it, maybe among others.
-        shape: what it has in the checkpoint.
-        shard: which part of a fused parameter it is.
-    """
-
-    module: nn.Module
-    shape: tuple[int, ...]
-    shard: str | int | None = None
-
-
 class T5EncoderModel(nn.Module):
     """T5's encoder; its hidden states are `[tokens, d_model]` in the model's dtype.
 
@@ -370,42 +346,20 @@ class T5EncoderModel(nn.Module):
             ValueError: a weight is missing or has another shape than the config describes.
         """
         destinations = self._destinations()
-        missing = set(destinations)
-        unused: collections.Counter[str] = collections.Counter()
-        for name, tensor in weights:
-            target = name
-            if name == "shared.weight" and "encoder.embed_tokens.weight" in missing:
-                # The encoder's own embedding, should the checkpoint have both, replaces it.
-                target = "encoder.embed_tokens.weight"
-            module, _, parameter = target.rpartition(".")
-            if self.quant_config is not None and target not in destinations:
-                # Scales and packed weights lie beside what they quantize.
-                target = f"{module}.weight"
-            to = destinations.get(target)
-            param = getattr(to.module, parameter, None) if to else None
-            if to is None or param is None:
-                unused[name.partition(".")[0]] += 1
-                continue
-            if self.quant_config is None and tuple(tensor.shape) != to.shape:
-                raise ValueError(
-                    f"{name} is {list(tensor.shape)} in the checkpoint, but its config.json "
-                    f"describes {list(to.shape)}."
-                )
-            loader = getattr(param, "weight_loader", default_weight_loader)
-            loader(param, tensor, *(() if to.shard is None else (to.shard,)))
-            missing.discard(target)
-        if missing:
-            raise ValueError(
-                f"The checkpoint lacks {len(missing)} weights of the encoder that its config.json "
-                f"describes: {', '.join(sorted(missing)[:8])}{' ...' if len(missing) > 8 else ''}."
-            )
-        # Leftovers of an encoder mean that the config describes another one.
-        logger.log(
-            logging.WARNING if unused["encoder"] else logging.INFO,
-            "Loaded %d weights of the encoder; skipped %d that it does not use%s.",
-            len(destinations),
-            unused.total(),
-            "".join(f", {count} of {part}" for part, count in unused.items() if count),
+        own = "encoder.embed_tokens.weight"
+        seen: set[str] = set()
+
+        def rename(name: str) -> str:
+            seen.add(name)
+            # The encoder's own embedding, should the checkpoint have both, replaces it.
+            return own if name == "shared.weight" and own not in seen else name
+
+        load_encoder(
+            weights,
+            destinations,
+            quantized=self.quant_config is not None,
+            part_of="encoder",
+            rename=rename,
         )
 
 

@@ -16,7 +16,14 @@ from sglang.multimodal_gen.runtime.models.encoders.base import (
     EncoderTensorParallelMixin,
     TextEncoder,
 )
-from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
+from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
+from sglang.multimodal_gen.runtime.srt_encoder.reads import Reads
+from sglang.srt.encode_only.request import (
+    LAST_HIDDEN_STATE,
+    EncodeInput,
+    EncodeOutput,
+    EncodeSpec,
+)
 from torch import nn
 
 Encode = Callable[[list[EncodeInput]], list[EncodeOutput]]
@@ -26,9 +33,19 @@ class EncoderError(RuntimeError):
     """A prompt could not be encoded; the message names the component, and the server if any."""
 
 
+class HiddenStates(tuple):
+    """`hidden_states` of which some entries were not asked for, and are None."""
+
+    def __getitem__(self, k: Any) -> Any:
+        state = super().__getitem__(k)
+        if state is None:
+            raise EncoderError(f"hidden_states[{k}] was not encoded. This is a bug.")
+        return state
+
+
 @TextEncoder.register
 class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
-    """A T5-family text encoder without weights.
+    """A text encoder without weights.
 
     It counts as a `TextEncoder`, whose results the runtime keeps between requests, but does not
     derive from it: a class that does has layers to move between host and device.
@@ -37,7 +54,8 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         config: of the pipeline's encoder, as for a native one.
         component: its name in the pipeline, for messages.
         encode: who encodes; only asked on the first rank of `group`, None elsewhere.
-        hidden_size: width of the hidden states.
+        checkpoint: the encoder's shapes.
+        reads: what the pipeline takes of the output; nothing else is in it.
         dtype: of what the pipeline gets, whatever dtype the encoder computes in.
         group: the ranks that encode the same prompts; one asks and gives the others the answer.
             None where there is one rank.
@@ -52,15 +70,24 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         *,
         component: str,
         encode: Encode | None,
-        hidden_size: int,
+        checkpoint: Checkpoint,
+        reads: Reads,
         dtype: torch.dtype,
         group: GroupCoordinator | None = None,
     ):
         super().__init__()
         self.config = config
         self.component = component
-        self.hidden_size = hidden_size
+        self.checkpoint = checkpoint
+        self.reads = reads
         self.dtype = dtype
+        count = checkpoint.num_layers + 1
+        # By number as a request gives it: -1 is the state after the final norm.
+        self.layers = [LAST_HIDDEN_STATE] if reads.last else []
+        if reads.hidden_states is None:
+            self.layers += range(count)
+        else:
+            self.layers += [k % count for k in reads.hidden_states]
         self._encode = encode
         if group is not None and group.world_size > 1:
             # The conditioning cache then agrees over the same ranks on what it has.
@@ -77,73 +104,140 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
     ) -> BaseEncoderOutput:
         """Encodes `input_ids`, `[batch, length]`.
 
-        With an `attention_mask` (1s, then 0s), masked rows are not computed, and are zero in the
-        result: what a T5 pipeline masks, it drops. Without one every row is a token, pads too.
+        Without an `attention_mask` every row is a token, pads too. With one, what it leaves out is
+        computed only where the pipeline reads it, and is zero elsewhere.
 
         Returns:
-            `last_hidden_state`, `[batch, length, hidden_size]`, on the device of `input_ids`, and
-            the mask. No other hidden state is given: no T5 pipeline reads one.
+            What the pipeline reads, and the mask, on the device of `input_ids`:
+            `last_hidden_state` and entries of `hidden_states`, `[batch, length, hidden_size]`, and
+            `pooler_output`, `[batch, pooled_size]`.
 
         Raises:
             EncoderError: nobody could encode it.
-            ValueError: the mask is not 1s followed by 0s.
+            ValueError: the 1s of the mask are not together, or pads are read that come first.
         """
         if input_ids is None or inputs_embeds is not None or position_ids is not None:
             raise ValueError(f"{self.component} on srt takes input_ids, and only those.")
-        lengths = self._lengths(input_ids, attention_mask)
-        states = self._on_every_rank(input_ids, lengths)
+        spans = self._spans(input_ids, attention_mask if self.reads.masked else None)
+        states, pooled = self._on_every_rank(input_ids, spans)
+        hidden_states = None
+        if any(layer != LAST_HIDDEN_STATE for layer in states):
+            hidden_states = HiddenStates(
+                states.get(k) for k in range(self.checkpoint.num_layers + 1)
+            )
         return BaseEncoderOutput(
-            last_hidden_state=cast(torch.FloatTensor, states), attention_mask=attention_mask
+            last_hidden_state=cast("Any", states.get(LAST_HIDDEN_STATE)),
+            pooler_output=cast("Any", pooled),
+            hidden_states=cast("Any", hidden_states),
+            attention_mask=attention_mask,
         )
 
-    def _lengths(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
-        """How many leading tokens of each row are encoded."""
+    def _spans(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[range]:
+        """Where in each row its real tokens are."""
         batch, length = input_ids.shape
         if mask is None:
-            return [length] * batch
-        kept = (mask > 0).cpu()
-        counts = kept.sum(dim=1)
-        if not torch.equal(kept, torch.arange(length) < counts[:, None]):
-            raise ValueError(
-                f"{self.component} on srt takes an attention mask of 1s followed by 0s; this one "
-                "has a 0 before a 1. Pad on the right, or encode with a native encoder."
-            )
-        return counts.tolist()
+            return [range(length)] * batch
+        spans = []
+        for row in (mask > 0).cpu():
+            real = row.nonzero().flatten().tolist()
+            span = range(real[0], real[-1] + 1) if real else range(0)
+            if len(span) != len(real):
+                raise ValueError(
+                    f"{self.component} on srt takes an attention mask whose 1s are together; this "
+                    "one has a 0 between them. Pad on one side, or encode with a native encoder."
+                )
+            if self.reads.pads and span.start:
+                raise ValueError(
+                    f"{self.component} on srt cannot encode pads that come first, and this "
+                    "pipeline reads them. Pad on the right, or encode with a native encoder."
+                )
+            spans.append(span)
+        return spans
 
-    def _on_every_rank(self, input_ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """The states, encoded by the first rank of the group; EncoderError on all or on none."""
+    def _on_every_rank(
+        self, input_ids: torch.Tensor, spans: list[range]
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+        """The states by layer and the pooled vectors, encoded by the first rank of the group.
+
+        EncoderError on all ranks or on none.
+        """
+        states, pooled = self._empty(input_ids)
         group = self._encoder_tp_group
         if group is None:
-            return self._states(input_ids, lengths)
-        states = input_ids.new_empty((*input_ids.shape, self.hidden_size), dtype=self.dtype)
+            self._fill(states, pooled, input_ids, spans)
+            return states, pooled
         failure: str | None = None
         if group.rank_in_group == 0:
             try:
-                states = self._states(input_ids, lengths)
+                self._fill(states, pooled, input_ids, spans)
             except EncoderError as error:
                 failure = str(error)
         failure = group.broadcast_object(failure, src=0)
         if failure is not None:
             raise EncoderError(failure)
-        return group.broadcast(states, src=0)
+        states = {layer: group.broadcast(state, src=0) for layer, state in states.items()}
+        return states, None if pooled is None else group.broadcast(pooled, src=0)
 
-    def _states(self, input_ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """`[batch, length, hidden_size]`, zero beyond each row's `lengths`."""
+    def _empty(
+        self, input_ids: torch.Tensor
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+        """Zeros of the shapes that the answer has."""
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return input_ids.new_zeros(shape, dtype=self.dtype)
+
+        size = self.checkpoint.hidden_size
+        states = {layer: zeros(*input_ids.shape, size) for layer in self.layers}
+        if not self.reads.pooled:
+            return states, None
+        assert self.checkpoint.pooled_size is not None
+        return states, zeros(len(input_ids), self.checkpoint.pooled_size)
+
+    def _fill(
+        self,
+        states: dict[int, torch.Tensor],
+        pooled: torch.Tensor | None,
+        input_ids: torch.Tensor,
+        spans: list[range],
+    ) -> None:
+        """Encodes, and puts the rows in their places."""
         assert self._encode is not None, "No encoder on the rank that encodes. This is a bug."
-        rows = {
-            i: EncodeInput(token_ids=ids[:n])
-            for i, (ids, n) in enumerate(zip(input_ids.tolist(), lengths, strict=True))
-            if n > 0
-        }
-        states = input_ids.new_zeros((*input_ids.shape, self.hidden_size), dtype=self.dtype)
-        if not rows:
-            return states
+        rows: dict[int, range] = {}
+        inputs = []
+        for i, (ids, span) in enumerate(zip(input_ids.tolist(), spans, strict=True)):
+            if not span:
+                continue
+            if self.reads.pads:
+                rows[i] = range(len(ids))
+            elif not states:
+                rows[i] = range(span.start, span.start + self._end_of_text(ids[span.start :]))
+            else:
+                rows[i] = span
+            spec = EncodeSpec(
+                layers=tuple(states),
+                pooled=pooled is not None,
+                attend=len(span) if len(span) < len(rows[i]) else None,
+            )
+            inputs.append(EncodeInput(token_ids=ids[rows[i].start : rows[i].stop], spec=spec))
+        if not inputs:
+            return
         try:
-            outputs = self._encode(list(rows.values()))
+            outputs = self._encode(inputs)
         except EncoderError:
             raise
         except Exception as error:
             raise EncoderError(f"{self.component} on srt: {error}") from error
-        for i, output in zip(rows, outputs, strict=True):
-            states[i, : lengths[i]] = output.last_hidden_state
-        return states
+        for (i, span), output in zip(rows.items(), outputs, strict=True):
+            for layer, state in states.items():
+                state[i, span.start : span.stop] = output.hidden_states[layer]
+            if pooled is not None:
+                pooled[i] = output.pooled
+
+    def _end_of_text(self, ids: list[int]) -> int:
+        """How many tokens a pooled vector is made of; a causal encoder's later ones do not count.
+
+        The vector is the first end-of-text token's, or else the first token's.
+        """
+        end = self.checkpoint.end_of_text
+        at = ids.index(max(ids) if end is None else end) if end is None or end in ids else 0
+        return at + 1

@@ -6,10 +6,10 @@ to which it leaves the native ones. Where an encoder runs is read in `placement.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
-from sglang.multimodal_gen.configs.models.encoders import EncoderConfig
 from sglang.multimodal_gen.runtime.distributed import (
     get_local_torch_device,
     get_replica_group,
@@ -22,10 +22,12 @@ from sglang.multimodal_gen.runtime.loader.component_loaders.text_encoder_loader 
     TextEncoderLoader,
 )
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
+from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import Encode, SrtTextEncoder
 from sglang.multimodal_gen.runtime.srt_encoder.option import placement_of
 from sglang.multimodal_gen.runtime.srt_encoder.placement import Native, Placement, Servers
-from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers, Expected
+from sglang.multimodal_gen.runtime.srt_encoder.reads import reads_of
+from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
 from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import get_diffusers_component_config
 from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
 
@@ -67,14 +69,16 @@ class SrtTextEncoderLoader(TextEncoderLoader):
         assert precision is not None, "A text encoder without precision. This is a bug."
         dtype = PRECISION_TO_TYPE[precision]
         group = get_replica_group() if model_parallel_is_initialized() else None
+        checkpoint = Checkpoint.read(path)
         encode: Encode | None = None
         if group is None or group.rank_in_group == 0:
-            encode = _encode(placement, path, config, server_args, component, dtype)
+            encode = _encode(placement, path, checkpoint, server_args, component, dtype)
         return SrtTextEncoder(
             config,
             component=component,
             encode=encode,
-            hidden_size=config.arch_config.d_model,
+            checkpoint=checkpoint,
+            reads=reads_of(server_args.pipeline_config, component),
             dtype=dtype,
             group=group,
         )
@@ -83,22 +87,21 @@ class SrtTextEncoderLoader(TextEncoderLoader):
 def _encode(
     placement: Placement,
     path: str,
-    config: EncoderConfig,
+    checkpoint: Checkpoint,
     server_args: ServerArgs,
     component: str,
     dtype: torch.dtype,
 ) -> Encode:
     """Who encodes for `component`."""
     if isinstance(placement, Servers):
-        arch = config.arch_config
-        expected = Expected(
-            architecture=arch.architectures[0],
-            num_layers=arch.num_layers,
-            hidden_size=arch.d_model,
-            vocab_size=arch.vocab_size,
-        )
-        return EncodeServers(component, placement.urls, expected, server_args.srt_encoder_timeout)
+        timeout = server_args.srt_encoder_timeout
+        return EncodeServers(component, placement.urls, checkpoint, timeout)
     # Only where it runs: the import brings in the engine.
     from sglang.srt.encode_only.in_process import InProcessEncoder
 
-    return InProcessEncoder(path, dtype=dtype, device=get_local_torch_device()).encode
+    return InProcessEncoder(
+        path,
+        dtype=dtype,
+        device=get_local_torch_device(),
+        json_model_override_args=json.dumps(checkpoint.overrides),
+    ).encode

@@ -21,6 +21,7 @@ from sglang.multimodal_gen.runtime.srt_encoder.placement import (
     Placement,
     read,
 )
+from sglang.multimodal_gen.runtime.srt_encoder.reads import reads_of
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ def check(_result: object, server_args: ServerArgs) -> None:
         placement = placements.of(component, architecture)
         if placement != Native():
             _refuse_weight_options(server_args, component)
+            try:
+                reads_of(server_args.pipeline_config, component)
+            except ValueError as error:
+                raise ValueError(f"{FLAG}: {component} as {placement}: {error}") from None
         elif placements.every not in (None, Native()) and component not in placements.named:
             logger.info(
                 "%s (%s) stays native: srt does not serve this class.", component, architecture

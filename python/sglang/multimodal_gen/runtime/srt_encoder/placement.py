@@ -88,6 +88,12 @@ class Placements(msgspec.Struct, frozen=True):
                     f"{encoders[component]}. It serves {_listed(ENCODERS)}. Leave {component} out."
                 )
         served = [c for c, a in encoders.items() if _is_served(a)]
+        here = [c for c in served if c not in self.named]
+        if isinstance(self.every, Servers) and len(here) > 1:
+            raise ValueError(
+                f"{FLAG} {_value(self.every)} is for {_listed(here)} of {model}, but a server has "
+                f"one encoder. Give each its own: {here[0]}=http://…."
+            )
         if self.every not in (None, Native()) and not served:
             classes = _listed(f"{c} ({a})" for c, a in encoders.items())
             raise ValueError(

@@ -7,46 +7,13 @@ import os
 import random
 from collections.abc import Sequence
 
-import msgspec
+from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError
 from sglang.srt.encode_only.client import EncoderClient, EncoderUnavailable
-from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncoderInfo, RequestError
+from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, RequestError
 
 API_KEY = "SGLANG_SRT_ENCODER_API_KEY"
 """The environment variable that holds the servers' API key, where they have one."""
-
-
-class Expected(msgspec.Struct, frozen=True):
-    """What a pipeline's encoder folder holds, and a server has to serve in its place.
-
-    Attributes:
-        architecture: the class in its `config.json`, such as `T5EncoderModel`.
-        num_layers: number of blocks.
-        hidden_size: width of a hidden state.
-        vocab_size: token ids are below it.
-    """
-
-    architecture: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-
-    def mismatch(self, info: EncoderInfo) -> str | None:
-        """How what a server serves differs from this, None if it does not."""
-        pairs = {
-            "architecture": (_family(info.architecture), _family(self.architecture)),
-            "num_layers": (info.num_layers, self.num_layers),
-            "hidden_size": (info.hidden_size, self.hidden_size),
-            "vocab_size": (info.vocab_size, self.vocab_size),
-        }
-        return (
-            ", ".join(
-                f"{name} {served} where the pipeline has {mine}"
-                for name, (served, mine) in pairs.items()
-                if served != mine
-            )
-            or None
-        )
 
 
 class EncodeServers:
@@ -60,7 +27,7 @@ class EncodeServers:
         timeout: seconds that a server has for an answer.
     """
 
-    def __init__(self, component: str, urls: Sequence[str], expected: Expected, timeout: float):
+    def __init__(self, component: str, urls: Sequence[str], expected: Checkpoint, timeout: float):
         self.component = component
         self.expected = expected
         key = os.environ.get(API_KEY)
@@ -98,11 +65,3 @@ class EncodeServers:
 
     def _error(self, what: str) -> EncoderError:
         return EncoderError(f"{self.component} on srt: {what}")
-
-
-def _family(architecture: str) -> str:
-    """What `T5EncoderModel` has in common with `T5ForConditionalGeneration`: their encoder."""
-    for kind in ("EncoderModel", "ForConditionalGeneration", "Model"):
-        if architecture.endswith(kind):
-            return architecture.removesuffix(kind)
-    return architecture

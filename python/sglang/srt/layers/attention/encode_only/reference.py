@@ -18,6 +18,7 @@ def reference_attention(
     causal: bool = False,
     bias: torch.Tensor | None = None,
     logit_cap: float = 0.0,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Attention of each sequence within itself.
 
@@ -30,6 +31,7 @@ def reference_attention(
         bias: `[heads, 2 * longest - 1]`, added to the scores; column `longest - 1 + d` is for a
             key d positions after the query.
         logit_cap: where positive, a score s becomes `cap * tanh(s / cap)`.
+        window: how many tokens away a key may be; None for any. A row without keys is zero.
 
     Returns:
         `[tokens, heads, v_head_dim]` float64.
@@ -53,5 +55,7 @@ def reference_attention(
             scores = scores + bias.double()[:, distance + bias.shape[1] // 2]
         if causal:
             scores = scores.masked_fill(distance > 0, float("-inf"))
-        outputs.append((scores.softmax(dim=-1) @ v).transpose(0, 1))
+        if window is not None:
+            scores = scores.masked_fill(distance.abs() > window, float("-inf"))
+        outputs.append((scores.softmax(dim=-1).nan_to_num(0) @ v).transpose(0, 1))
     return torch.cat(outputs) if outputs else q_thd.double()

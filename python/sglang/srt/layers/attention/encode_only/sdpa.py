@@ -46,6 +46,25 @@ class Sequences(NamedTuple):
         return Sequences(*([values[i] for i in members] for values in self))
 
 
+class Reach(NamedTuple):
+    """Which keys of its sequence a query sees.
+
+    Attributes:
+        causal: none after its own position.
+        window: how far back, in tokens; None for all. A bidirectional one looks as far ahead.
+    """
+
+    causal: bool = False
+    window: int | None = None
+
+    def hides(self, distances: np.ndarray) -> np.ndarray:
+        """Where a key is out of reach, by its position less the query's."""
+        hidden = distances > 0 if self.causal else np.zeros(distances.shape, dtype=bool)
+        if self.window is not None:
+            hidden |= np.abs(distances) > self.window
+        return hidden
+
+
 class Group(Protocol):
     """What runs in one call, `size` rows of `length` queries and `keys` keys.
 
@@ -67,7 +86,7 @@ class Group(Protocol):
     tokens: np.ndarray
 
     def mask(
-        self, by_distance: torch.Tensor | None, causal: bool, device: torch.device
+        self, by_distance: torch.Tensor | None, reach: Reach, device: torch.device
     ) -> torch.Tensor | None:
         """What to add to the scores; it broadcasts to `[size, heads, length, keys]`, float32.
 
@@ -98,7 +117,7 @@ class PaddedGroup:
         self._pads = columns[: self.keys] >= keys
 
     def mask(
-        self, by_distance: torch.Tensor | None, causal: bool, device: torch.device
+        self, by_distance: torch.Tensor | None, reach: Reach, device: torch.device
     ) -> torch.Tensor | None:
         terms = []
         if by_distance is not None:
@@ -110,9 +129,11 @@ class PaddedGroup:
                     distances // 2 + 1 - self.length,
                 )
             )
-        if causal:
-            later = torch.full((self.length, self.keys), float("-inf"), device=device)
-            terms.append(later.triu(1).flip(0)[None, None])
+        if reach != Reach():
+            queries, keys = np.ogrid[: self.length, : self.keys]
+            hidden = torch.from_numpy(reach.hides(keys - queries)).to(device)
+            apart = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+            terms.append(apart.flip(0)[None, None])
         if self._pads.any():
             pads = torch.from_numpy(self._pads[:, None, None, :]).to(device)
             terms.append(torch.zeros(pads.shape, device=device).masked_fill_(pads, float("-inf")))
@@ -149,9 +170,9 @@ class SharedGroup:
         self._apart = (member[:, None, :] != member[:, :, None]) | ~is_key[:, None, :]
 
     def mask(
-        self, by_distance: torch.Tensor | None, causal: bool, device: torch.device
+        self, by_distance: torch.Tensor | None, reach: Reach, device: torch.device
     ) -> torch.Tensor:
-        apart = self._apart | (self._distances > 0) if causal else self._apart
+        apart = self._apart | reach.hides(self._distances)
         hidden = torch.from_numpy(apart[:, None]).to(device)
         if by_distance is None:
             return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
@@ -203,7 +224,7 @@ def group_sequences(lengths: Sequence[int], attend: Sequence[int], heads: int) -
 class BatchPlan:
     """What every layer of a forward pass needs to know about its batch.
 
-    Masks are made by the first layer that asks, and kept until one asks for another bias: once a
+    Masks are made by the first layer that asks, and kept until one has another bias: once a
     forward pass where the layers share a table, once a layer where each has its own.
 
     Args:
@@ -229,20 +250,25 @@ class BatchPlan:
             output_rows[group.tokens] = start + group.output_rows
             start += group.size * group.length
         self.output_rows = self._rows([output_rows])
-        self._masks: list[torch.Tensor | None] = []
-        self._masks_are_for: object = None
+        # By what the layers reach; of one table of biases.
+        self._masks: dict[Reach, list[torch.Tensor | None]] = {}
+        self._bias: object = None
 
     def _rows(self, parts: Iterable[np.ndarray]) -> torch.Tensor:
         numbers = np.concatenate([np.empty(0, dtype=np.int64), *parts])
         return torch.from_numpy(numbers).to(self.device)
 
-    def masks(self, bias: RelativePositionBias | None, causal: bool) -> list[torch.Tensor | None]:
+    def masks(self, bias: RelativePositionBias | None, reach: Reach) -> list[torch.Tensor | None]:
         """The mask of each group."""
-        if self._masks_are_for != (bias, causal):
+        if bias is not self._bias:
+            self._masks.clear()
+            self._bias = bias
+        if reach not in self._masks:
             by_distance = bias.by_distance(self.longest) if bias is not None else None
-            self._masks = [group.mask(by_distance, causal, self.device) for group in self.groups]
-            self._masks_are_for = (bias, causal)
-        return self._masks
+            self._masks[reach] = [
+                group.mask(by_distance, reach, self.device) for group in self.groups
+            ]
+        return self._masks[reach]
 
 
 class Runner(Protocol):
@@ -256,7 +282,8 @@ class SdpaBackend(AttentionBackend):
     """Attention of packed sequences within themselves.
 
     Layers of type ENCODER_ONLY see every key of their sequence, and DECODER layers see the keys
-    up to their own position; the keys of a request are the first `attend` of its tokens.
+    up to their own position, in a layer with a sliding window those that far back; the keys of a
+    request are the first `attend` of its tokens.
     """
 
     def __init__(self, model_runner: Runner):
@@ -264,6 +291,8 @@ class SdpaBackend(AttentionBackend):
         self.device = torch.device(model_runner.device)
         self.heads = model_runner.model_config.num_attention_heads // get_parallel().tp_size
         self.plan = BatchPlan([], [], self.heads, self.device)
+        # Models look for them here, and do without.
+        self.token_to_kv_pool = self.req_to_token_pool = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         lengths = list(forward_batch.extend_seq_lens_cpu or ())
@@ -299,19 +328,16 @@ class SdpaBackend(AttentionBackend):
 
         Returns:
             `[tokens, heads * v_head_dim]`.
-
-        Raises:
-            ValueError: the layer has a sliding window that a sequence of the batch exceeds.
         """
         plan = self.plan
-        if 0 <= layer.sliding_window_size < plan.longest - 1:
-            raise ValueError(
-                f"The encode_only attention backend has no sliding window; this model's is "
-                f"{layer.sliding_window_size} tokens, and a sequence has {plan.longest}."
-            )
         if not plan.groups:
             return q.new_empty(0, layer.tp_q_head_num * layer.v_head_dim)
-        masks = plan.masks(position_bias, layer.attn_type == AttentionType.DECODER)
+        window = layer.sliding_window_size
+        reach = Reach(
+            causal=layer.attn_type == AttentionType.DECODER,
+            window=window if 0 <= window < plan.longest - 1 else None,
+        )
+        masks = plan.masks(position_bias, reach)
         q_rhd, k_rhd, v_rhd = (
             x.index_select(0, rows).view(len(rows), -1, head_dim)
             for x, rows, head_dim in (

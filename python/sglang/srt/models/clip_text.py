@@ -1,0 +1,328 @@
+"""CLIP's text encoders, with and without projection, and the text half of a whole CLIP.
+
+A block is causal self-attention and a feed-forward layer, each behind a layer norm, with biases
+everywhere. The pooled vector is the last hidden state, after the final norm, at the first
+end-of-text token, projected where the checkpoint projects.
+
+What flows between blocks is float32 whatever the model's dtype, as in `t5_encoder.py`.
+
+Source: CLIPTextModel, CLIPTextModelWithProjection and CLIPModel of transformers; arXiv 2103.00020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.encode_only.outputs import LayerCapture
+from sglang.srt.encode_only.request import LAST_HIDDEN_STATE
+from sglang.srt.encode_only.weights import Destination, load_encoder, own_sizes
+from sglang.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.packed_linear import (
+    EPILOGUES,
+    PackedLinearMethod,
+    multiplies,
+    pack_linears,
+    product_dtype,
+)
+from sglang.srt.layers.pooler import EmbeddingPoolerOutput
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.utils import add_prefix
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+OLD_EOS_TOKEN_ID = 2
+"""What configs say that were written before transformers 4.31, whatever the tokenizer's is: the
+end-of-text token is then the largest id of an input."""
+
+
+class LayerNorm(nn.Module):
+    """Layer norm of float32 rows; `[tokens, hidden]` in `dtype`."""
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype):
+        super().__init__()
+        self.shape = (config.hidden_size,)
+        self.eps = config.layer_norm_eps
+        self.dtype = dtype
+        for name in ("weight", "bias"):
+            value = torch.empty(self.shape, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def forward(self, x_th: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x_th, self.shape, self.weight, self.bias, self.eps).to(self.dtype)
+
+
+class CLIPAttention(nn.Module):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        layer_id: int,
+        dtype: torch.dtype,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ):
+        super().__init__()
+        heads = config.num_attention_heads
+        head_dim = config.hidden_size // heads
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            head_dim,
+            heads,
+            bias=True,
+            params_dtype=dtype,
+            quant_config=quant_config,
+            prefix=add_prefix("qkv_proj", prefix),
+        )
+        self.attn = RadixAttention(
+            self.qkv_proj.num_heads,
+            head_dim,
+            scaling=head_dim**-0.5,
+            num_kv_heads=self.qkv_proj.num_heads,
+            layer_id=layer_id,
+            prefix=add_prefix("attn", prefix),
+        )
+        self.out_proj = RowParallelLinear(
+            config.hidden_size,
+            config.hidden_size,
+            bias=True,
+            params_dtype=dtype,
+            quant_config=quant_config,
+            prefix=add_prefix("out_proj", prefix),
+        )
+
+    def forward(self, x_th: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(x_th)
+        q, k, v = qkv.chunk(3, dim=-1)
+        o = self.attn(q, k, v, forward_batch, save_kv_cache=False)
+        return self.out_proj(o)[0]
+
+
+class CLIPFeedForward(nn.Module):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ):
+        super().__init__()
+        self.fc1 = ColumnParallelLinear(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=True,
+            params_dtype=dtype,
+            quant_config=quant_config,
+            prefix=add_prefix("fc1", prefix),
+        )
+        self.fc2 = RowParallelLinear(
+            config.intermediate_size,
+            config.hidden_size,
+            bias=True,
+            params_dtype=dtype,
+            quant_config=quant_config,
+            prefix=add_prefix("fc2", prefix),
+        )
+        self.dtype = dtype
+        self.act = ACT2FN[config.hidden_act].float()
+        # A CPU can activate the product as it computes it.
+        self.activated_by_fc1 = (
+            config.hidden_act in EPILOGUES
+            and quant_config is None
+            and torch.get_default_device().type == "cpu"
+            and multiplies(dtype)
+        )
+        if self.activated_by_fc1:
+            self.fc1.quant_method = PackedLinearMethod(EPILOGUES[config.hidden_act])
+
+    def forward(self, x_th: torch.Tensor) -> torch.Tensor:
+        h, _ = self.fc1(x_th)
+        if not self.activated_by_fc1:
+            h = self.act(h.float()).to(self.dtype)
+        return self.fc2(h)[0]
+
+
+class CLIPBlock(nn.Module):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        layer_id: int,
+        dtype: torch.dtype,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ):
+        super().__init__()
+        self.layer_norm1 = LayerNorm(config, dtype)
+        self.self_attn = CLIPAttention(
+            config, layer_id, dtype, quant_config, add_prefix("self_attn", prefix)
+        )
+        self.layer_norm2 = LayerNorm(config, dtype)
+        self.mlp = CLIPFeedForward(config, dtype, quant_config, add_prefix("mlp", prefix))
+
+    def forward(self, x_th: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        x_th = x_th + self.self_attn(self.layer_norm1(x_th), forward_batch)
+        return x_th + self.mlp(self.layer_norm2(x_th))
+
+
+class CLIPTextModel(nn.Module):
+    """CLIP's text encoder; hidden states are `[tokens, hidden_size]` in the model's dtype.
+
+    Args:
+        config: a CLIPTextConfig, or a CLIPConfig that has one.
+
+    Raises:
+        ValueError: the ranks cannot share the heads or the feed-forward width.
+    """
+
+    projects = False
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ):
+        super().__init__()
+        config = own_sizes(config)
+        self.config = config
+        self.quant_config = quant_config
+        self.dtype = torch.get_default_dtype()
+        dtype = product_dtype(self.dtype) if quant_config is None else self.dtype
+        self.token_embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(
+            CLIPBlock(
+                config,
+                i,
+                dtype,
+                quant_config,
+                add_prefix(f"text_model.encoder.layers.{i}", prefix),
+            )
+            for i in range(config.num_hidden_layers)
+        )
+        self.final_norm = LayerNorm(config, torch.float32)
+        self.text_projection: nn.Linear | None = None
+        if self.projects:
+            self.text_projection = nn.Linear(
+                config.hidden_size, config.projection_dim, bias=False, dtype=torch.float32
+            )
+        pack_linears(self)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.token_embedding
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
+        get_embedding: bool = True,
+    ) -> EmbeddingPoolerOutput:
+        capture = LayerCapture(forward_batch, self.config.num_hidden_layers)
+        tokens = self.token_embedding(input_ids) if input_embeds is None else input_embeds
+        x_th = tokens.float() + self.position_embedding(positions).float()
+        for layer, block in enumerate(self.blocks[: capture.last_block]):
+            capture.offer(layer, x_th.to(self.dtype))
+            x_th = block(x_th, forward_batch)
+        capture.offer(capture.last_block, x_th.to(self.dtype))
+        if not capture.wants_last:
+            return capture.finish()
+        x_th = self.final_norm(x_th)
+        capture.offer(LAST_HIDDEN_STATE, x_th.to(self.dtype))
+        pooled = None
+        if capture.wants_pooled:
+            pooled = x_th[end_of_text(input_ids, capture.lengths, self.config.eos_token_id)]
+            if self.text_projection is not None:
+                pooled = self.text_projection(pooled)
+            pooled = pooled.to(self.dtype)
+        return capture.finish(pooled=pooled, embeddings=pooled)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Takes the text encoder's weights by their names in transformers, and counts the others.
+
+        Raises:
+            ValueError: a weight is missing or has another shape than the config describes.
+        """
+        load_encoder(
+            weights,
+            self._destinations(),
+            quantized=self.quant_config is not None,
+            part_of="text_model",
+            # A text model alone has been saved with and without.
+            rename=lambda name: name.removeprefix("text_model."),
+        )
+
+    def _destinations(self) -> dict[str, Destination]:
+        """By the name of the weight in the checkpoint."""
+        config = self.config
+        hidden, inner = config.hidden_size, config.intermediate_size
+        to = {
+            "embeddings.token_embedding.weight": Destination(
+                self.token_embedding, (config.vocab_size, hidden)
+            ),
+            "embeddings.position_embedding.weight": Destination(
+                self.position_embedding, (config.max_position_embeddings, hidden)
+            ),
+        }
+        for part in ("weight", "bias"):
+            to[f"final_layer_norm.{part}"] = Destination(self.final_norm, (hidden,))
+        if self.text_projection is not None:
+            to["text_projection.weight"] = Destination(
+                self.text_projection, (config.projection_dim, hidden)
+            )
+        for i, block in enumerate(self.blocks):
+            linears = {
+                **{
+                    f"self_attn.{x}_proj": (block.self_attn.qkv_proj, hidden, hidden, x)
+                    for x in "qkv"
+                },
+                "self_attn.out_proj": (block.self_attn.out_proj, hidden, hidden, None),
+                "mlp.fc1": (block.mlp.fc1, inner, hidden, None),
+                "mlp.fc2": (block.mlp.fc2, hidden, inner, None),
+            }
+            for name, (module, outputs, inputs, shard) in linears.items():
+                name = f"encoder.layers.{i}.{name}"
+                to[f"{name}.weight"] = Destination(module, (outputs, inputs), shard)
+                to[f"{name}.bias"] = Destination(module, (outputs,), shard)
+            for norm in ("layer_norm1", "layer_norm2"):
+                for part in ("weight", "bias"):
+                    to[f"encoder.layers.{i}.{norm}.{part}"] = Destination(
+                        getattr(block, norm), (hidden,)
+                    )
+        return to
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """Its pooled vector is projected. Also the text half of a CLIPModel."""
+
+    projects = True
+
+
+def end_of_text(input_ids: torch.Tensor, lengths: list[int], eos_token_id: int) -> torch.Tensor:
+    """`[inputs]` int64, the row of each packed input's first end-of-text token.
+
+    As transformers has it, an input without one is pooled at its first token.
+
+    Args:
+        input_ids: `[tokens]`, of all inputs, end to end.
+        lengths: of each input.
+        eos_token_id: of the config; OLD_EOS_TOKEN_ID for the largest id.
+    """
+    rows = nn.utils.rnn.pad_sequence(
+        list(input_ids.split(lengths)), batch_first=True, padding_value=-1
+    )
+    if eos_token_id != OLD_EOS_TOKEN_ID:
+        rows = (rows == eos_token_id).int()
+    ends = torch.tensor(lengths).cumsum(0)
+    starts = ends - torch.tensor(lengths)
+    return rows.argmax(dim=1) + starts.to(input_ids.device)
+
+
+EntryClass = [CLIPTextModel, CLIPTextModelWithProjection]
