@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.local_server import LocalServer
 from transformers import (
     AutoTokenizer,
@@ -17,7 +19,27 @@ from transformers import (
 )
 
 import tiny_tokenizers
+from checkpoints import fresh_seed
 from server_control import API_KEY, QUEUE
+
+
+@pytest.fixture
+def seed() -> int:
+    return fresh_seed()
+
+
+@pytest.fixture
+def open_encoder() -> Iterator[Callable[..., InProcessEncoder]]:
+    """Opens encoders of folders in this process, and closes them."""
+    opened: list[InProcessEncoder] = []
+
+    def open_(folder: Path, **arguments: Any) -> InProcessEncoder:
+        opened.append(InProcessEncoder(str(folder), device="cpu", **arguments))
+        return opened[-1]
+
+    yield open_
+    for encoder in opened:
+        encoder.close()
 
 
 @pytest.fixture(scope="session")

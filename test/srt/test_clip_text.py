@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +16,12 @@ from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
 from sglang.srt.runtime_context import get_parallel
 from transformers import CLIPConfig, CLIPTextConfig, PreTrainedModel
 
-from checkpoints import edit_weights, fresh_seed
+from checkpoints import edit_weights
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
 ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 
 Open = Callable[..., InProcessEncoder]
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()
-
-
-@pytest.fixture
-def open_encoder() -> Iterator[Open]:
-    opened = []
-
-    def open_(folder: Path, **arguments: Any) -> InProcessEncoder:
-        opened.append(InProcessEncoder(str(folder), device="cpu", **arguments))
-        return opened[-1]
-
-    yield open_
-    for encoder in opened:
-        encoder.close()
 
 
 def random_text_config(rng: random.Random, **fixed: Any) -> dict[str, Any]:

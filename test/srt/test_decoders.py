@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
 from transformers import PreTrainedModel
 
-from checkpoints import edit_weights, fresh_seed, random_inputs
+from checkpoints import edit_weights, random_inputs
 from decoders import CLASSES, OTHERS, random_config, write_decoder
 
 TOLERANCE = 2e-6
@@ -24,24 +24,6 @@ HALF = {"bfloat16": 1e-2, "float16": 2e-3}
 """Where transformers' own error in the dtype is larger, a quarter more than that counts."""
 
 Open = Callable[..., InProcessEncoder]
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()
-
-
-@pytest.fixture
-def open_encoder() -> Iterator[Open]:
-    opened = []
-
-    def open_(folder: Path, **arguments: Any) -> InProcessEncoder:
-        opened.append(InProcessEncoder(str(folder), device="cpu", **arguments))
-        return opened[-1]
-
-    yield open_
-    for encoder in opened:
-        encoder.close()
 
 
 @torch.no_grad()

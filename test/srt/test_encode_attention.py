@@ -19,15 +19,8 @@ from sglang.srt.runtime_context import get_parallel
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from checkpoints import fresh_seed
-
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()
 
 
 @pytest.fixture(autouse=True)

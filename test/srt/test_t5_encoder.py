@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from checkpoints import (
     CONFIGS,
     KINDS,
     edit_weights,
-    fresh_seed,
     random_config,
     random_inputs,
     write_t5,
@@ -33,24 +31,6 @@ ARCHITECTURES = [(family, family + kind) for family in CONFIGS for kind in KINDS
 EMBEDDING = "encoder.embed_tokens.weight"
 
 Open = Callable[..., InProcessEncoder]
-
-
-@pytest.fixture
-def seed() -> int:
-    return fresh_seed()
-
-
-@pytest.fixture
-def open_encoder() -> Iterator[Open]:
-    opened = []
-
-    def open_(folder: Path, **arguments: Any) -> InProcessEncoder:
-        opened.append(InProcessEncoder(str(folder), device="cpu", **arguments))
-        return opened[-1]
-
-    yield open_
-    for encoder in opened:
-        encoder.close()
 
 
 @torch.no_grad()
