@@ -22,14 +22,15 @@ CONFIG = T5Config(
     d_kv=64,
     d_ff=2048,
     num_heads=8,
-    num_layers=8,
+    num_layers=16,
     feed_forward_proj="gated-gelu",
 )
 KV_CACHE = 2 * BUDGET * CONFIG.num_layers * 2 * CONFIG.num_heads * CONFIG.d_kv * 4
 """Bytes that a cache for the tokens of two batches would take."""
 
-SLACK = 1.5
-"""What an allocator adds, and keeps of what was freed."""
+SLACK = 2
+"""What an allocator adds to the tensors of a forward pass, and keeps of what was freed: 0.9 to 1.6
+times those of this test were measured in all."""
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +69,10 @@ def test_weights_and_the_activations_of_one_budget(
     # on its way out.
     numbers = 3 * CONFIG.d_model + max(8 * inner, 3 * CONFIG.d_ff) + 4 * CONFIG.d_model
     activations = BUDGET * numbers * 4
-    assert SLACK * max(weights, activations) < KV_CACHE, "It would not be seen."
+    assert 1.5 * SLACK * activations < KV_CACHE, "It would not be seen."
 
     at_rest = mine.memory_info().rss
-    assert at_rest - tiny.memory_info().rss < SLACK * weights
+    assert at_rest - tiny.memory_info().rss < 1.5 * weights, "They are held twice."
     with EncoderClient(server.url) as client:
         for batch in ([[5] * 512] * (BUDGET // 512), [[5] * 64] * (BUDGET // 64)):
             assert peak_while(mine, client, batch) - at_rest < SLACK * activations
