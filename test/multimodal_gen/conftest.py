@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 from pictures import (
     BATCH,
     FLUX_FLOAT32,
     NEGATIVE,
     SETTINGS,
+    STOCK,
     WAN_FLOAT32,
     Pictures,
     Program,
@@ -32,9 +34,6 @@ from sglang.srt.encode_only.local_server import LocalServer
 
 import tiny_pipelines
 
-STOCK = {"SGLANG_PLUGINS": "portable_cpu"}
-"""Leaves out everything of ours but what stock needs on a CPU."""
-
 
 @pytest.fixture(scope="session")
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,6 +43,18 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pipelines.write_flux(tmp_path_factory.mktemp("flux") / tiny_pipelines.FLUX_NAME)
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny pipeline of each of FAMILIES; like the real ones, some have an encoder in common."""
+    scratch = tmp_path_factory.mktemp("families")
+    folders = {name: family.write(scratch / family.name) for name, family in FAMILIES.items()}
+    for name, number, of_flux in (("SD3", "_3", "_2"), ("HunyuanVideo", "_2", "")):
+        for kind in ("text_encoder", "tokenizer"):
+            shutil.rmtree(folders[name] / (kind + number))
+            (folders[name] / (kind + number)).symlink_to(folders["FLUX.1"] / (kind + of_flux))
+    return folders
 
 
 @pytest.fixture(scope="session")

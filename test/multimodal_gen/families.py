@@ -25,6 +25,8 @@ class Family(NamedTuple):
         settings: of a generation.
         plain: the guidance scale without a negative prompt.
         guided: that with one, None where the family takes none.
+        batches: whether its native encoders take several prompts at once. HunyuanVideo's are not
+            padded; Gemma 2 gives every prompt after the first wrong positions.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Family(NamedTuple):
     settings: dict[str, Any] = SETTINGS
     plain: float = 1.0
     guided: float | None = None
+    batches: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
@@ -68,12 +71,17 @@ FAMILIES = {
         1,
         SETTINGS | {"width": 128, "height": 128},
         guided=4.5,
+        batches=False,
     ),
     "Z-Image": Family(
         tiny_families.ZIMAGE_NAME, tiny_families.write_zimage, 1, plain=0.0, guided=5.0
     ),
     "HunyuanVideo": Family(
-        tiny_families.HUNYUAN_NAME, tiny_families.write_hunyuan, 2, SETTINGS | VIDEO
+        tiny_families.HUNYUAN_NAME,
+        tiny_families.write_hunyuan,
+        2,
+        SETTINGS | VIDEO,
+        batches=False,
     ),
     "Qwen-Image": Family(
         tiny_families.QWEN_IMAGE_NAME, tiny_families.write_qwen_image, 1, guided=4.0

@@ -40,6 +40,9 @@ FLUX_FLOAT32: dict[str, Any] = {**WAN_FLOAT32, "text_encoder_precisions": ["fp32
 """In bfloat16, random weights make the rounding of two correct encoders visible. Wan encodes in
 float32 by default."""
 
+STOCK = {"SGLANG_PLUGINS": "portable_cpu"}
+"""An environment that leaves out everything of ours but what stock needs on a CPU."""
+
 Pictures = dict[str, np.ndarray]
 """Pixels of 0 to 255, by case and place in its batch, such as `batch.2`."""
 

@@ -10,30 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from families import FAMILIES
-from pictures import Pictures, Runs, difference
+from pictures import STOCK, Pictures, Runs, difference
 from sglang.srt.encode_only.local_server import LocalServer
 
-STOCK = {"SGLANG_PLUGINS": "portable_cpu"}
 NO_SOFT_CAP = ("--json-model-override-args", '{"attn_logit_softcapping": null}')
-TOGETHER = [("SD3",), ("Sana", "Qwen-Image")]
-"""Families whose servers run at the same time, as far as a small machine has memory: one with
-several encoders, one that heeds what the server was started with, one of a VL checkpoint."""
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    scratch = tmp_path_factory.mktemp("families")
-    return {name: family.write(scratch / family.name) for name, family in FAMILIES.items()}
+TOGETHER = [("FLUX.1", "SD3", "HunyuanVideo"), ("Sana", "Z-Image", "Qwen-Image")]
+"""Families whose servers run at the same time, as far as a small machine has memory."""
 
 
 @pytest.fixture(scope="module")
 def runs(
-    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    family_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Runs, Runs]]:
     """By stock sglang, and with every encoder on srt in the worker; both at once."""
     scratch = tmp_path_factory.mktemp("pictures")
     native, srt = (
-        [(folders[name], f.options | place, f.plan()) for name, f in FAMILIES.items()]
+        [(family_folders[name], f.options | place, f.plan()) for name, f in FAMILIES.items()]
         for place in ({}, {"srt_encoders": "srt"})
     )
     both = Runs(scratch / "native", native, **STOCK), Runs(scratch / "srt", srt)
@@ -75,36 +67,43 @@ def test_in_the_worker(
 @pytest.fixture(scope="module", params=TOGETHER, ids=" and ".join)
 def on_servers(
     request: pytest.FixtureRequest,
-    folders: dict[str, Path],
+    family_folders: dict[str, Path],
     native: dict[str, Pictures],
     in_worker: dict[str, Pictures],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Pictures]:
-    """Of some families, with a server for each of their encoders."""
+    """Of some families, with a server for each of their encoders; those in common serve both."""
     scratch = tmp_path_factory.mktemp("servers")
+    encoders = {
+        name: {c: (family_folders[name] / c).resolve() for c in FAMILIES[name].components}
+        for name in request.param
+    }
     servers = {
-        (name, component): LocalServer(
-            folders[name] / component,
+        folder: LocalServer(
+            folder,
             *("--device", "cpu", "--skip-tokenizer-init", "--dtype", "float32"),
             *(NO_SOFT_CAP if name == "Sana" else ()),
         )
-        for name in request.param
-        for component in FAMILIES[name].components
+        for name, folders in encoders.items()
+        for folder in folders.values()
     }
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         for server in servers.values():
             stack.push(server.__exit__)
         list(pool.map(LocalServer.__enter__, servers.values()))
+        places = {
+            name: {component: servers[folder].url for component, folder in folders.items()}
+            for name, folders in encoders.items()
+        }
         runs = Runs(
             scratch / "runs",
             [
                 (
-                    folders[name],
-                    FAMILIES[name].options
-                    | {"srt_encoders": {c: s.url for (n, c), s in servers.items() if n == name}},
+                    family_folders[name],
+                    FAMILIES[name].options | {"srt_encoders": place},
                     FAMILIES[name].plan(),
                 )
-                for name in request.param
+                for name, place in places.items()
             ],
         )
         stack.callback(runs.end)
