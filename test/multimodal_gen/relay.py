@@ -6,38 +6,47 @@ import contextlib
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 
 class Relay:
-    """Holds a free loopback port. Nobody answers there but while `to` holds."""
+    """Holds a free loopback port. Nobody answers there but while `to` holds.
+
+    Attributes:
+        received: how many bytes callers have sent to whom `to` named.
+    """
 
     def __init__(self) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}"
+        self.received = 0
 
     @contextlib.contextmanager
     def to(self, url: str) -> Iterator[None]:
         """While this holds, connections are passed on to `url`; then they are cut."""
         target = urlsplit(url).hostname, urlsplit(url).port
         ends: list[socket.socket] = []
+        relay = self
 
         class PassOn(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 caller, other = self.request, socket.create_connection(target)
                 ends.extend((caller, other))
-                back = threading.Thread(target=_copy, args=(other, caller), daemon=True)
+                back = threading.Thread(target=_copy, args=(other, caller, len), daemon=True)
                 back.start()
-                _copy(caller, other)
+                _copy(caller, other, relay._count)
                 back.join()
 
         with self._serving(PassOn):
             yield
         for end in ends:
             end.close()
+
+    def _count(self, data: bytes) -> None:
+        self.received += len(data)
 
     @contextlib.contextmanager
     def saying(self, answer: bytes) -> Iterator[None]:
@@ -74,10 +83,11 @@ class _Server(socketserver.ThreadingTCPServer):
     block_on_close = False
 
 
-def _copy(source: socket.socket, sink: socket.socket) -> None:
+def _copy(source: socket.socket, sink: socket.socket, see: Callable[[bytes], object]) -> None:
     """Passes on what comes until either end is closed; then tells both."""
     with contextlib.suppress(OSError):
         while data := source.recv(65536):
+            see(data)
             sink.sendall(data)
     for end in (source, sink):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""An image service of `sglang serve`, with its T5 at a relay's port and its CLIP in the worker."""
+"""An image service of `sglang serve`, if not told otherwise with T5 at a relay's port."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -20,9 +21,9 @@ TIMEOUT = 8
 
 
 class Service(Program):
-    """A FLUX.1 service; `relay` decides who encodes for it."""
+    """A FLUX.1 service; `relay` decides who encodes for it, unless `encoders` does."""
 
-    def __init__(self, flux: Path, folder: Path):
+    def __init__(self, flux: Path, folder: Path, encoders: Sequence[str] = ()):
         self.relay = Relay()
         self.url = Relay().url
         flags = ports() | {
@@ -33,18 +34,24 @@ class Service(Program):
             **FLUX_FLOAT32,
         }
         command = [str(Path(sys.executable).with_name("sglang")), "serve", str(flux)]
-        command += [*as_flags(flags), "--srt-encoders", "srt", f"text_encoder_2={self.relay.url}"]
+        encoders = encoders or ["srt", f"text_encoder_2={self.relay.url}"]
+        command += [*as_flags(flags), "--srt-encoders", *encoders]
         super().__init__(command, folder / "log.txt")
 
     def wait_until_ready(self) -> None:
+        """Until nothing is missing but the T5."""
         while self.process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return
+                health = self.health()
             except httpx.TransportError:
-                pass
+                health = None
+            if health is not None and (health.status_code == 200 or health.content):
+                return
             time.sleep(0.5)
         pytest.fail(f"It ended:\n{self.output()[-4000:]}")
+
+    def health(self) -> httpx.Response:
+        return httpx.get(f"{self.url}/health", timeout=30)
 
     def generate(self, **request: object) -> httpx.Response:
         body = {"response_format": "b64_json", "output_format": "png"} | SETTINGS | request

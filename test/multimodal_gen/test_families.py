@@ -60,7 +60,7 @@ def test_in_the_worker(
     runs: tuple[Runs, Runs],
 ) -> None:
     assert difference(in_worker[family], native[family]) <= 1
-    placed = runs[1].output().count("runs as srt in the diffusion worker")
+    placed = runs[1].output().count("srt in the diffusion worker")
     assert placed == sum(f.encoders for f in FAMILIES.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sglang.multimodal_gen.runtime.srt_encoder.placement import (
+    Beside,
     InWorker,
     Native,
     Option,
@@ -24,6 +25,8 @@ ONE, TWO = "http://10.0.0.7:30000", "https://encoders.example/t5"
         ("native", Placements(Native())),
         ("srt", Placements(InWorker())),
         (["srt"], Placements(InWorker())),
+        ("server", Placements(Beside())),
+        ("text_encoder=server:30010", Placements(None, {"text_encoder": Beside(30010)})),
         (ONE, Placements(Servers((ONE,)))),
         (f"{ONE}/,{TWO}", Placements(Servers((ONE, TWO)))),
         ("http://[::1]:30000", Placements(Servers(("http://[::1]:30000",)))),
@@ -48,8 +51,12 @@ def test_every_form_is_read(option: Option, read_as: Placements):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("sgl", "'sgl' is no place for a text encoder; give native, srt, or one or several URLs"),
+        ("sgl", "'sgl' is no place for a text encoder; give native, srt, server"),
         ("text_encoder=gpu", "--srt-encoders text_encoder=: 'gpu' is no place"),
+        ("server:0", "'server:0' has no port; give one of 1 to 65535"),
+        ("server:65536", "'server:65536' has no port"),
+        ("server:", "'server:' is no place"),
+        ("servers", "'servers' is no place"),
         ("text_encoder=", "--srt-encoders text_encoder=: '' is no place"),
         ("10.0.0.7:30000", "without its scheme; write http://10.0.0.7:30000"),
         ("text_encoder=localhost:30000", "without its scheme; write http://localhost:30000"),
@@ -59,9 +66,9 @@ def test_every_form_is_read(option: Option, read_as: Placements):
         ("text_encoder=srt text_encoder=native", "a place for text_encoder twice"),
         ("text_encoder=srt text-encoder=srt", "a place for text_encoder twice"),
         ("srt native", "a place for every encoder twice"),
-        ([1], r"got \[1\]; give native, srt"),
-        (3, "got 3; give native, srt"),
-        ({"text_encoder": True}, "got True; give native, srt"),
+        ([1], r"got \[1\]; give native, srt, server"),
+        (3, "got 3; give native, srt, server"),
+        ({"text_encoder": True}, "got True; give native, srt, server"),
     ],
 )
 def test_what_is_no_place_is_refused(option: Option, message: str):
@@ -77,6 +84,7 @@ def test_what_is_no_place_is_refused(option: Option, message: str):
         ("text_encoder_2=srt", (Native(), InWorker())),
         ("text_encoder=native", (Native(), Native())),
         (f"srt text_encoder_2={ONE}", (Native(), Servers((ONE,)))),
+        ("server", (Native(), Beside())),
     ],
 )
 def test_a_place_for_every_encoder_is_for_those_that_srt_serves(option: Option, places: tuple):
@@ -108,6 +116,9 @@ def test_a_url_for_the_encoder_that_is_left():
         ("vae=native", FLUX, "a place for 'vae', but the text encoders"),
         ("text_encoder=srt", MIXED, "text_encoder=srt: srt does not serve Gemma4UnifiedModel. It"),
         (f"text_encoder={ONE}", MIXED, "does not serve Gemma4UnifiedModel"),
+        ("server:30010", FLUX, "gives one port to several servers; give each its own"),
+        ("text_encoder=server:1 text_encoder_2=server:1", FLUX, "one port to several servers"),
+        ("text_encoder=server", MIXED, "text_encoder=server: srt does not serve Gemma4Unified"),
         (
             "srt",
             {"text_encoder": "Gemma4UnifiedModel"},

@@ -22,6 +22,17 @@ def test_t5_on_a_server(
     assert np.abs(made - image(native_flux, f"{case}.0")).max() <= 1
 
 
+def test_healthy_only_while_the_encoder_is_there(service: Service, flux_server: LocalServer):
+    with service.relay.to(flux_server.url):
+        assert service.health().json() == {"status": "ok"}
+    health = service.health()
+    assert health.status_code == 503 and health.json()["status"] == "unhealthy"
+    assert "text_encoder_2" in health.json()["error"]
+    assert service.relay.url in health.json()["error"]
+    with service.relay.to(flux_server.url):
+        assert service.health().status_code == 200
+
+
 def test_an_encoder_that_is_gone_between_two_prompts(service: Service, flux_server: LocalServer):
     with service.relay.to(flux_server.url):
         service.picture(prompt="before")

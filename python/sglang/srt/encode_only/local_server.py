@@ -1,13 +1,18 @@
-"""An srt server as a child of this process: started, waited for, and stopped with all it started.
+"""srt servers as children of this process: started, waited for, and stopped with all they started.
 
-For tests, the demo, benchmarks, and whoever wants a server for as long as a block lasts. It knows
-of sglang only the command line and the health route.
+`LocalServer` is for tests, the demo, benchmarks, and whoever wants a server for as long as a block
+lasts. `KeptServer` is for a program that wants one for as long as it lives itself, whatever ends
+the one or the other: this file, run by its path, is the process between the two. It knows of
+sglang only the command line and the health route, so that it is up at once and takes no memory.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import ctypes
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -15,11 +20,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import IO, Any
 
 import psutil
+
+LOOPBACK = "127.0.0.1"
+LINES = 40
+"""How much of a server's output an error quotes."""
 
 
 class LocalServer:
@@ -29,7 +41,11 @@ class LocalServer:
         model_path: as for `--model-path`.
         arguments: more of the command line.
         tokenizer_path: as for `--tokenizer-path`; the model's folder by default.
+        host: the address that it listens on.
+        port: a free one by default.
         log_path: where its output goes; a temporary file by default.
+        on_line: takes each line of its output, in place of a file.
+        preexec: called in the server's process before its program begins.
         timeout: seconds to wait for it to be ready.
         encoder: whether it serves an encoder (`--is-embedding-encoder`).
         environment: variables to set for it, over those of this process.
@@ -43,18 +59,28 @@ class LocalServer:
         model_path: str | os.PathLike[str],
         *arguments: str,
         tokenizer_path: str | os.PathLike[str] | None = None,
+        host: str = LOOPBACK,
+        port: int | None = None,
         log_path: str | os.PathLike[str] | None = None,
+        on_line: Callable[[str], None] | None = None,
+        preexec: Callable[[], None] | None = None,
         timeout: float = 300.0,
         encoder: bool = True,
         environment: dict[str, str] | None = None,
     ):
         self.timeout = timeout
-        self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.port = port or free_port()
+        # Where it listens on every address, this machine finds it on loopback.
+        self._reached_at = LOOPBACK if host in ("0.0.0.0", "::", "") else host
+        self.url = f"http://{self._reached_at}:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         # srt leaves the names of its sockets in the temporary folder.
         self._folder = Path(tempfile.mkdtemp(prefix="sglang-server-"))
         self.log_path = Path(log_path or self._folder / "log.txt")
+        self._on_line = on_line
+        self._last_lines = collections.deque[str](maxlen=LINES)
+        self._reader: threading.Thread | None = None
+        self._preexec = preexec
         self._environment = {**os.environ, **(environment or {}), "TMPDIR": str(self._folder)}
         self.command = [sys.executable, "-m", "sglang.launch_server"]
         self.command += ["--model-path", os.fspath(model_path)]
@@ -62,7 +88,7 @@ class LocalServer:
             self.command += ["--tokenizer-path", os.fspath(tokenizer_path)]
         if encoder:
             self.command += ["--is-embedding-encoder"]
-        self.command += ["--host", "127.0.0.1", "--port", str(self.port), *arguments]
+        self.command += ["--host", host, "--port", str(self.port), *arguments]
 
     def __enter__(self) -> LocalServer:
         try:
@@ -82,25 +108,35 @@ class LocalServer:
 
     def restart(self) -> None:
         """Stops the server, if it runs, and starts it again on the same port."""
-        self._stop()
+        self.stop()
         self._start()
 
-    def log_tail(self, lines: int = 40) -> str:
+    def log_tail(self, lines: int = LINES) -> str:
         """The last lines of its output."""
+        if self._on_line is not None:
+            return "\n".join(list(self._last_lines)[-lines:])
         with contextlib.suppress(FileNotFoundError):
             return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
         return ""
 
     def _start(self) -> None:
-        with self.log_path.open("ab") as log:
+        with contextlib.ExitStack() as stack:
+            piped = self._on_line is not None
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=subprocess.PIPE if piped else stack.enter_context(self.log_path.open("ab")),
                 stderr=subprocess.STDOUT,
                 env=self._environment,
                 start_new_session=True,
+                preexec_fn=self._preexec,
             )
+        if piped:
+            assert self.process.stdout is not None
+            self._reader = threading.Thread(
+                target=self._read, args=(self.process.stdout,), daemon=True
+            )
+            self._reader.start()
         deadline = time.monotonic() + self.timeout
         while not self._is_ready():
             if self.process.poll() is not None:
@@ -115,8 +151,16 @@ class LocalServer:
                 )
             time.sleep(0.2)
 
+    def _read(self, output: IO[bytes]) -> None:
+        assert self._on_line is not None
+        with output:
+            for line in output:
+                text = line.decode(errors="replace").rstrip()
+                self._last_lines.append(text)
+                self._on_line(text)
+
     def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        connection = http.client.HTTPConnection(self._reached_at, self.port, timeout=5)
         try:
             connection.request("GET", "/ready")
             return connection.getresponse().status == 200
@@ -125,7 +169,7 @@ class LocalServer:
         finally:
             connection.close()
 
-    def _stop(self, grace: float = 20.0) -> None:
+    def stop(self, grace: float = 20.0) -> None:
         """Asks the server to go, and ends what of its session is left after `grace` seconds."""
         if self.process is None:
             return
@@ -136,10 +180,12 @@ class LocalServer:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         psutil.wait_procs(_session(self.process.pid), timeout=grace)
+        if self._reader is not None:
+            self._reader.join(grace)
         self.process = None
 
     def _end(self) -> None:
-        self._stop()
+        self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -153,7 +199,151 @@ def _session(leader: int) -> list[psutil.Process]:
     return members
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine's loopback on which nobody listens."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]
+
+
+class KeptServer:
+    """A `LocalServer` that is up for as long as this process lives, or until `close`.
+
+    One that ends is started again, at first after a second, then twice as late each time, but
+    never after more than MAX_DELAY. Its output goes to this process's standard error, each line
+    after its label. It is stopped with this process in whichever way that ends.
+
+    Args:
+        label: marks its lines.
+        model_path, arguments, tokenizer_path, host, port, timeout: as for LocalServer.
+    """
+
+    MAX_DELAY = 30.0
+    """Seconds that a server stays down at most, before it is started again."""
+
+    def __init__(
+        self,
+        label: str,
+        model_path: str | os.PathLike[str],
+        *arguments: str,
+        tokenizer_path: str | os.PathLike[str] | None = None,
+        host: str = LOOPBACK,
+        port: int | None = None,
+        timeout: float = 300.0,
+    ):
+        self.label = label
+        self.port = port or free_port()
+        described = {
+            "model_path": os.fspath(model_path),
+            "arguments": arguments,
+            "tokenizer_path": tokenizer_path and os.fspath(tokenizer_path),
+            "host": host,
+            "port": self.port,
+            "timeout": timeout,
+        }
+        # Its standard input ends when this process does.
+        self._keeper = subprocess.Popen(
+            [sys.executable, __file__, label, json.dumps(described)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def wait_until_ready(self) -> str:
+        """Its URL, once it answers.
+
+        Raises:
+            RuntimeError: it ended or was not ready in time; with the end of its output.
+        """
+        assert self._keeper.stdout is not None
+        said = self._keeper.stdout.readline()
+        if not said:
+            raise RuntimeError(f"The server of {self.label} ended before it was ready.")
+        answer: dict[str, str] = json.loads(said)
+        if "url" not in answer:
+            raise RuntimeError(f"The server of {self.label} does not start. {answer['error']}")
+        return answer["url"]
+
+    def close(self, grace: float = 60.0) -> None:
+        """Stops it, and waits until all that it started is gone."""
+        assert self._keeper.stdin is not None and self._keeper.stdout is not None
+        self._keeper.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._keeper.wait(grace)
+        self._keeper.kill()
+        self._keeper.wait()
+        self._keeper.stdout.close()
+
+
+def keep(label: str, described: dict[str, Any]) -> None:
+    """Keeps one server up until the standard input of this process ends.
+
+    Writes a line of JSON to the standard output once the server is ready, or will not be.
+    """
+    # What raises in the main thread, wherever it is, lets the blocks below clean up.
+    signal.signal(signal.SIGTERM, _exit_once)
+    threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
+
+    def mark(line: str) -> None:
+        # At once, since others write there too.
+        with contextlib.suppress(OSError):
+            os.write(2, "".join(f"[{label}] {part}\n" for part in line.splitlines()).encode())
+
+    server = LocalServer(
+        described.pop("model_path"),
+        *described.pop("arguments"),
+        **described,
+        on_line=mark,
+        preexec=_end_with_the_caller(),
+    )
+    try:
+        server.__enter__()
+    except RuntimeError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        return
+    with contextlib.ExitStack() as stack:
+        stack.push(server.__exit__)
+        print(json.dumps({"url": server.url}), flush=True)
+        delay = 1.0
+        while True:
+            began = time.monotonic()
+            if server.process is not None:
+                status = server.process.wait()
+                mark(f"The server ended with status {status}; it is started again in {delay:g} s.")
+            if time.monotonic() - began > KeptServer.MAX_DELAY:
+                delay = 1.0
+            time.sleep(delay)
+            delay = min(2 * delay, KeptServer.MAX_DELAY)
+            try:
+                server.restart()
+            except RuntimeError as error:
+                # The lines that it quotes are out already.
+                said = str(error).partition("\n")[0]
+                mark(f"{said}\nIt is started again in {delay:g} s.")
+                server.stop()
+
+
+def _exit_once(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
+
+
+def _exit_at_end_of_input() -> None:
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_with_the_caller() -> Callable[[], None]:
+    """What makes a child of this thread end with it, even when nobody is left to stop it."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+    libc = ctypes.CDLL(None)
+
+    def end_with_the_caller() -> None:
+        if sys.platform == "linux":
+            libc.prctl(set_parent_death_signal, signal.SIGKILL)
+
+    return end_with_the_caller
+
+
+if __name__ == "__main__":
+    keep(sys.argv[1], json.loads(sys.argv[2]))

@@ -25,7 +25,12 @@ from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import Encode, SrtTextEncoder
 from sglang.multimodal_gen.runtime.srt_encoder.option import placement_of
-from sglang.multimodal_gen.runtime.srt_encoder.placement import Native, Placement, Servers
+from sglang.multimodal_gen.runtime.srt_encoder.placement import (
+    Beside,
+    Native,
+    Placement,
+    Servers,
+)
 from sglang.multimodal_gen.runtime.srt_encoder.reads import reads_of
 from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
 from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import get_diffusers_component_config
@@ -93,6 +98,8 @@ def _encode(
     dtype: torch.dtype,
 ) -> Encode:
     """Who encodes for `component`."""
+    if isinstance(placement, Beside):
+        raise ValueError("The parent of this worker started no server for it.")
     if isinstance(placement, Servers):
         timeout = server_args.srt_encoder_timeout
         return EncodeServers(component, placement.urls, checkpoint, timeout)

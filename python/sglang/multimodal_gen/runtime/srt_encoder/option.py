@@ -22,13 +22,10 @@ from sglang.multimodal_gen.runtime.srt_encoder.placement import (
     read,
 )
 from sglang.multimodal_gen.runtime.srt_encoder.reads import reads_of
-from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
 if TYPE_CHECKING:
     from sglang.multimodal_gen.configs.pipeline_configs import PipelineConfig
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
-
-logger = init_logger(__name__)
 
 NAME = "srt_encoders"
 
@@ -43,8 +40,9 @@ def add_flag(_result: object, parser: ArgumentParser, prefix: str = "") -> None:
         metavar="[COMPONENT=]PLACE",
         help="Where text encoders run, for all that srt serves or by component "
         f"(text_encoder=srt text_encoder_2=http://10.0.0.7:30000): {VALUES}. `srt` runs the "
-        "encoder by SGLang's LLM runtime inside the diffusion worker, a URL on an encode-only "
-        "server (sglang.launch_server --is-embedding-encoder). Default: native.",
+        "encoder by SGLang's LLM runtime inside the diffusion worker, `server` on an encode-only "
+        "server that is started and stopped with the diffusion server, a URL on one that is there "
+        "(sglang.launch_server --is-embedding-encoder). Default: native.",
     )
 
 
@@ -78,7 +76,7 @@ def check(_result: object, server_args: ServerArgs) -> None:
     if option is None:
         return
     placements = read(option)
-    encoders = _text_encoders(server_args)
+    encoders = text_encoder_classes(server_args)
     placements.check(server_args.model_path, encoders)
     for component, architecture in encoders.items():
         placement = placements.of(component, architecture)
@@ -88,15 +86,9 @@ def check(_result: object, server_args: ServerArgs) -> None:
                 reads_of(server_args.pipeline_config, component)
             except ValueError as error:
                 raise ValueError(f"{FLAG}: {component} as {placement}: {error}") from None
-        elif placements.every not in (None, Native()) and component not in placements.named:
-            logger.info(
-                "%s (%s) stays native: srt does not serve this class.", component, architecture
-            )
-            continue
-        logger.info("%s (%s) runs as %s.", component, architecture, placement)
 
 
-def _text_encoders(server_args: ServerArgs) -> dict[str, str]:
+def text_encoder_classes(server_args: ServerArgs) -> dict[str, str]:
     """The class of each text encoder of the pipeline, from its `model_index.json`."""
     from sglang.multimodal_gen.configs.pipeline_configs.diffusers_generic import (
         DiffusersGenericPipelineConfig,

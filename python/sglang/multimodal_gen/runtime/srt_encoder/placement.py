@@ -14,7 +14,10 @@ import msgspec
 from sglang.srt.encode_only.encoders import ENCODERS, find_encoder
 
 FLAG = "--srt-encoders"
-VALUES = "native, srt, or one or several URLs (http://HOST:PORT, commas between them)"
+VALUES = (
+    "native, srt, server (or server:PORT), or one or several URLs (http://HOST:PORT, commas "
+    "between them)"
+)
 
 _NAMED = re.compile(r"([A-Za-z][\w-]*)=(.*)", re.DOTALL)
 
@@ -33,16 +36,36 @@ class InWorker(msgspec.Struct, frozen=True):
         return "srt in the diffusion worker"
 
 
-class Servers(msgspec.Struct, frozen=True):
-    """On encode-only servers: they share the load, and one that is down is passed over."""
+class Beside(msgspec.Struct, frozen=True):
+    """On a server of its own, started and stopped with the diffusion server.
 
-    urls: tuple[str, ...]
+    Attributes:
+        port: that it listens on; None for any that is free.
+    """
+
+    port: int | None = None
 
     def __str__(self) -> str:
-        return "srt at " + ", ".join(self.urls)
+        return "srt on a server of its own"
 
 
-Placement = Native | InWorker | Servers
+class Servers(msgspec.Struct, frozen=True):
+    """On encode-only servers: they share the load, and one that is down is passed over.
+
+    Attributes:
+        urls: where they are.
+        local: whether they belong to the diffusion server.
+    """
+
+    urls: tuple[str, ...]
+    local: bool = False
+
+    def __str__(self) -> str:
+        where = "srt on a server of its own, " if self.local else "srt at "
+        return where + ", ".join(self.urls)
+
+
+Placement = Native | InWorker | Beside | Servers
 
 Option = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 """The option as a user gives it: `"srt"`, `"text_encoder=srt text_encoder_2=http://…"`, a list of
@@ -84,20 +107,25 @@ class Placements(msgspec.Struct, frozen=True):
                 )
             if placement != Native() and not _is_served(encoders[component]):
                 raise ValueError(
-                    f"{FLAG} {component}={_value(placement)}: srt does not serve "
+                    f"{FLAG} {component}={as_option(placement)}: srt does not serve "
                     f"{encoders[component]}. It serves {_listed(ENCODERS)}. Leave {component} out."
                 )
         served = [c for c, a in encoders.items() if _is_served(a)]
         here = [c for c in served if c not in self.named]
         if isinstance(self.every, Servers) and len(here) > 1:
             raise ValueError(
-                f"{FLAG} {_value(self.every)} is for {_listed(here)} of {model}, but a server has "
-                f"one encoder. Give each its own: {here[0]}=http://…."
+                f"{FLAG} {as_option(self.every)} is for {_listed(here)} of {model}, but a server "
+                f"has one encoder. Give each its own: {here[0]}=http://…."
             )
+        ports = [p.port for p in self.named.values() if isinstance(p, Beside) and p.port]
+        if isinstance(self.every, Beside) and self.every.port:
+            ports += [self.every.port] * len(here)
+        if len(ports) > len(set(ports)):
+            raise ValueError(f"{FLAG} gives one port to several servers; give each its own.")
         if self.every not in (None, Native()) and not served:
             classes = _listed(f"{c} ({a})" for c, a in encoders.items())
             raise ValueError(
-                f"{FLAG} {_value(self.every)}: srt serves none of the text encoders of {model}: "
+                f"{FLAG} {as_option(self.every)}: srt serves none of the text encoders of {model}: "
                 f"{classes}. It serves {_listed(ENCODERS)}. Leave {FLAG} out."
             )
 
@@ -145,6 +173,11 @@ def _place(component: str | None, value: str) -> Placement:
         return Native()
     if value == "srt":
         return InWorker()
+    if match := re.fullmatch(r"server(?::(\d+))?", value):
+        port = None if match[1] is None else int(match[1])
+        if port is not None and not 0 < port < 1 << 16:
+            raise ValueError(f"{FLAG}: {value!r} has no port; give one of 1 to 65535.")
+        return Beside(port)
     return Servers(tuple(_url(component, url.strip()) for url in value.split(",")))
 
 
@@ -162,9 +195,11 @@ def _is_served(architecture: str | None) -> bool:
     return architecture is not None and find_encoder([architecture]) is not None
 
 
-def _value(placement: Placement | None) -> str:
+def as_option(placement: Placement | None) -> str:
     """The placement as the user writes it."""
     match placement:
+        case Beside(port):
+            return "server" if port is None else f"server:{port}"
         case Servers(urls):
             return ",".join(urls)
         case InWorker():

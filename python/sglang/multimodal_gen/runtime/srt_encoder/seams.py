@@ -60,14 +60,31 @@ DIFFUSION: tuple[Seam, ...] = (
         reason="Stock imports the loaders of its own folder, where a checkout of ours is not.",
         upstream="the branch for srt in TextEncoderLoader.load_customized",
     ),
+    *(
+        Seam(
+            target=f"sglang.multimodal_gen.runtime.launch_server:{function}",
+            kind="around",
+            hook="sglang.multimodal_gen.runtime.srt_encoder.deployment:launch",
+            parameters=parameters,
+            process="diffusion",
+            reason="Servers of the placement `server` start before the workers and end after them.",
+            upstream="the block in launch_server",
+        )
+        for function, parameters in (
+            ("launch_server", ("server_args", "launch_http_server")),
+            ("launch_disagg_role", ("server_args",)),
+        )
+    ),
     Seam(
         target="sglang.multimodal_gen.runtime.entrypoints.http_server:create_app",
         kind="after",
-        hook="sglang.multimodal_gen.runtime.srt_encoder.http_errors:add_handler",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.http_app:extend",
         parameters=("server_args", "worker_pids", "disagg_server"),
         process="diffusion",
-        reason="A caller of `sglang serve` is told which encoder failed, and why.",
-        upstream="answer a failed generation with the scheduler's error",
+        reason="A caller of `sglang serve` is told which encoder failed, and why; the server is "
+        "healthy only while its encoders are.",
+        upstream="answer a failed generation with the scheduler's error; ask the encoders in the "
+        "health route",
     ),
 )
 """Installed in every process of the diffusion runtime that loads plugins."""

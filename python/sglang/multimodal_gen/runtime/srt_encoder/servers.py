@@ -1,12 +1,15 @@
-"""The encode-only servers that encode for one component: their turns, and what they must serve."""
+"""The encode-only servers that encode for one component: which is asked, and what it must serve."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import hashlib
 import os
-import random
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError
 from sglang.srt.encode_only.client import EncoderClient, EncoderUnavailable
@@ -15,9 +18,42 @@ from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, RequestErr
 API_KEY = "SGLANG_SRT_ENCODER_API_KEY"
 """The environment variable that holds the servers' API key, where they have one."""
 
+MAX_PAUSE = 30.0
+"""Seconds for which a server that failed is asked last, at most; the first time it is one."""
+
+SLACK = 1
+"""How many more calls than the least busy server the one that knows a prompt may have."""
+
+
+class Server:
+    """One server, and how it has fared here.
+
+    Attributes:
+        calls: under way.
+        paused_until: by `time.monotonic()`.
+    """
+
+    def __init__(self, client: EncoderClient):
+        self.client = client
+        self.calls = 0
+        self.paused_until = 0.0
+        self._pause = 0.0
+
+    def failed(self) -> None:
+        """Others are asked before it for a while, longer each time."""
+        self._pause = min(max(1.0, 2 * self._pause), MAX_PAUSE)
+        self.paused_until = time.monotonic() + self._pause
+
+    def answered(self) -> None:
+        self._pause = self.paused_until = 0.0
+
 
 class EncodeServers:
-    """Encodes on one of several servers, each in its turn; the next takes over from one down.
+    """Encodes on one of several servers. Threads may share it.
+
+    A prompt goes to the server that got it before, by whichever worker, as long as that is hardly
+    busier than the others. One that fails is passed over at once, and its call goes to another; it
+    is asked again after a while, or when there is no other.
 
     Args:
         component: the pipeline's component, for messages.
@@ -31,9 +67,8 @@ class EncodeServers:
         self.component = component
         self.expected = expected
         key = os.environ.get(API_KEY)
-        self._clients = [EncoderClient(url, api_key=key, timeout=timeout) for url in urls]
-        # Workers that start together do not all begin with the same server.
-        self._turns = itertools.count(random.randrange(len(urls)))
+        self._servers = [Server(EncoderClient(url, api_key=key, timeout=timeout)) for url in urls]
+        self._lock = threading.Lock()
 
     def __call__(self, inputs: list[EncodeInput]) -> list[EncodeOutput]:
         """An output an input.
@@ -41,13 +76,13 @@ class EncodeServers:
         Raises:
             EncoderError: no server answers, or one refuses, or one serves another model.
         """
-        first = next(self._turns)
         down = []
-        for i in range(len(self._clients)):
-            client = self._clients[(first + i) % len(self._clients)]
+        for server in self._in_order(inputs):
+            client = server.client
             try:
-                self._check(client)
-                return client.encode_inputs(inputs)
+                with self._call(server):
+                    self._check(client)
+                    return client.encode_inputs(inputs)
             except EncoderUnavailable as error:
                 down.append(str(error))
             except RequestError as error:
@@ -57,6 +92,42 @@ class EncodeServers:
                     ) from error
                 down.append(f"The encoder at {client.base_url} is busy: {error}")
         raise self._error(" ".join(down))
+
+    def _in_order(self, inputs: list[EncodeInput]) -> list[Server]:
+        """The servers in the order in which they are asked."""
+        prompt = hashlib.blake2b(digest_size=8)
+        for one in inputs:
+            prompt.update(np.asarray(one.token_ids, dtype=np.int64).tobytes())
+
+        def rank(server: Server) -> bytes:
+            # Of each prompt the servers have an order of their own, the same in every worker.
+            url = server.client.base_url.encode()
+            return hashlib.blake2b(url, key=prompt.digest(), digest_size=8).digest()
+
+        now = time.monotonic()
+        with self._lock:
+            least = min(server.calls for server in self._servers)
+            return sorted(
+                self._servers,
+                key=lambda s: (s.paused_until > now, s.calls > least + SLACK, rank(s)),
+            )
+
+    @contextlib.contextmanager
+    def _call(self, server: Server) -> Iterator[None]:
+        with self._lock:
+            server.calls += 1
+        try:
+            yield
+        except EncoderUnavailable:
+            with self._lock:
+                server.failed()
+            raise
+        else:
+            with self._lock:
+                server.answered()
+        finally:
+            with self._lock:
+                server.calls -= 1
 
     def _check(self, client: EncoderClient) -> None:
         mismatch = self.expected.mismatch(client.info())

@@ -1,0 +1,229 @@
+"""Encode-only servers that are part of a diffusion deployment: the placement `server`.
+
+The parent of the diffusion workers starts them, since a worker may have no children, and they live
+as long as the workers. To a worker they are servers like any other. The table that says where every
+text encoder runs is printed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from safetensors import safe_open
+from sglang.multimodal_gen.runtime.disaggregation.roles import RoleType
+from sglang.multimodal_gen.runtime.platforms import current_platform
+from sglang.multimodal_gen.runtime.srt_encoder import option
+from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
+from sglang.multimodal_gen.runtime.srt_encoder.placement import (
+    FLAG,
+    Beside,
+    Native,
+    Placement,
+    Servers,
+    as_option,
+)
+from sglang.multimodal_gen.runtime.srt_encoder.reads import index_of
+from sglang.multimodal_gen.runtime.srt_encoder.servers import API_KEY
+from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import maybe_download_model
+from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
+from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
+from sglang.srt.encode_only.local_server import KeptServer
+
+if TYPE_CHECKING:
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
+
+logger = init_logger(__name__)
+
+
+class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
+    """A text encoder of a pipeline, and where it is to run.
+
+    Attributes:
+        component: its name in the pipeline.
+        architecture: its class.
+        placement: where it runs.
+        folder: of its checkpoint.
+        tokenizer: the folder of its tokenizer, None where there is none.
+        dtype: that the pipeline asks for.
+    """
+
+    component: str
+    architecture: str
+    placement: Placement
+    folder: str
+    tokenizer: str | None
+    dtype: torch.dtype
+
+    def start(self, host: str, port: int | None) -> KeptServer:
+        """Begins to start a server for it."""
+        arguments = ["--dtype", str(self.dtype).removeprefix("torch.")]
+        if current_platform.is_cpu():
+            arguments += ["--device", "cpu"]
+        if self.tokenizer is None:
+            arguments += ["--skip-tokenizer-init"]
+        if key := os.environ.get(API_KEY):
+            arguments += ["--api-key", key]
+        overrides = Checkpoint.read(self.folder).overrides
+        if overrides:
+            arguments += ["--json-model-override-args", json.dumps(overrides)]
+        return KeptServer(
+            self.component,
+            self.folder,
+            *arguments,
+            tokenizer_path=self.tokenizer,
+            host=host,
+            port=port,
+        )
+
+    def weight_bytes(self) -> int:
+        """What its weights take in its dtype, with all that its checkpoint holds."""
+        count = 0
+        for file in Path(self.folder).glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                names = tensors.keys()
+                count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+        return count * self.dtype.itemsize
+
+
+def launch(original: Callable[..., Any], server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `launch_server` and `launch_disagg_role`: the servers come first, and go last."""
+    role = server_args.disagg_role
+    if option.given_in(server_args.pipeline_config) is None or not (
+        role == RoleType.MONOLITHIC or role.is_input_encoder
+    ):
+        return original(server_args, *args, **kwargs)
+    encoders = text_encoders(server_args)
+    with contextlib.ExitStack() as stack:
+        encoders = stack.enter_context(_servers(encoders, server_args.host or "127.0.0.1"))
+        logger.info("Text encoders:\n%s", table(encoders))
+        processes = original(_placed(server_args, encoders), *args, **kwargs)
+        if any(process.is_alive() for process in processes or ()):
+            # The caller goes on, and ends them when it likes.
+            threading.Thread(
+                target=_close_after, args=(processes, stack.pop_all()), daemon=True
+            ).start()
+        return processes
+
+
+def text_encoders(server_args: ServerArgs) -> list[TextEncoder]:
+    """The text encoders of the pipeline, as the option places them."""
+    classes = option.text_encoder_classes(server_args)
+    root = maybe_download_model(
+        server_args.model_path, force_diffusers_model=True, revision=server_args.revision
+    )
+    root = os.path.join(root, server_args.model_subfolder or "")
+
+    def folder_of(component: str) -> str:
+        given = server_args.component_paths.get(component)
+        return maybe_download_model(given) if given else os.path.join(root, component)
+
+    encoders = []
+    for component, architecture in classes.items():
+        tokenizer = folder_of(component.replace("text_encoder", "tokenizer"))
+        precision = server_args.component_precisions.get(component)
+        if precision is None:
+            precisions = server_args.pipeline_config.text_encoder_precisions
+            precision = precisions[index_of(component)]
+        encoders.append(
+            TextEncoder(
+                component=component,
+                architecture=architecture,
+                placement=option.placement_of(server_args, component, architecture),
+                folder=folder_of(component),
+                tokenizer=tokenizer if os.path.isdir(tokenizer) else None,
+                dtype=PRECISION_TO_TYPE[precision],
+            )
+        )
+    return encoders
+
+
+def table(encoders: list[TextEncoder]) -> str:
+    """Where each encoder runs, on what, in which dtype, and what its weights take there."""
+    rows = [("component", "class", "placement", "device", "dtype", "weights")]
+    for one in encoders:
+        elsewhere = isinstance(one.placement, Servers) and not one.placement.local
+        rows.append(
+            (
+                one.component,
+                one.architecture,
+                str(one.placement),
+                "elsewhere" if elsewhere else current_platform.device_type,
+                "the server's" if elsewhere else str(one.dtype).removeprefix("torch."),
+                "none here" if elsewhere else f"{one.weight_bytes() / 1e6:.1f} MB",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+@contextlib.contextmanager
+def _servers(encoders: list[TextEncoder], host: str) -> Iterator[list[TextEncoder]]:
+    """Those of the placement `server` on servers that are up; all are started at once.
+
+    Raises:
+        ValueError: a port is taken.
+        RuntimeError: a server does not start.
+    """
+    beside = {one: one.placement for one in encoders if isinstance(one.placement, Beside)}
+    for one, placement in beside.items():
+        if placement.port is not None and not _is_free(host, placement.port):
+            raise ValueError(
+                f"{FLAG} {one.component}={as_option(placement)}: port {placement.port} is in use. "
+                "Give another, or none."
+            )
+    with contextlib.ExitStack() as stack:
+        started: dict[str, KeptServer] = {}
+        for one, placement in beside.items():
+            logger.info("Starting a server for %s (%s).", one.component, one.architecture)
+            started[one.component] = server = one.start(host, placement.port)
+            stack.callback(server.close)
+        urls = {component: server.wait_until_ready() for component, server in started.items()}
+        yield [
+            msgspec.structs.replace(one, placement=Servers((urls[one.component],), local=True))
+            if one.component in urls
+            else one
+            for one in encoders
+        ]
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _placed(server_args: ServerArgs, encoders: list[TextEncoder]) -> ServerArgs:
+    """The arguments with URLs where servers were to be started; the caller's stay as they are."""
+    placed = copy.copy(server_args)
+    placed.pipeline_config = copy.copy(server_args.pipeline_config)
+    placed.pipeline_config.srt_encoders = {  # type: ignore[attr-defined]
+        one.component: as_option(one.placement) for one in encoders if one.placement != Native()
+    }
+    return placed
+
+
+def _close_after(processes: list[Any], servers: contextlib.ExitStack) -> None:
+    """Stops the servers once the last of the workers has ended."""
+    alive = {process.sentinel for process in processes}
+    while alive:
+        alive.difference_update(wait(list(alive)))
+    servers.close()

@@ -1,0 +1,107 @@
+"""`sglang serve --srt-encoders server`: one deployment, whose encoders serve other callers too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from pictures import FLUX_FLOAT32, NEGATIVE, PROMPT, Pictures, as_flags, image, ports
+from relay import Relay
+from service import Service
+from sglang.srt.encode_only.client import EncoderClient
+
+
+class Deployment(Service):
+    """FLUX.1 with T5 on a server at a port that was asked for, CLIP on one at any."""
+
+    def __init__(self, flux: Path, folder: Path):
+        self.encoder_url = Relay().url
+        port = self.encoder_url.rpartition(":")[2]
+        super().__init__(flux, folder, ["server", f"text_encoder_2=server:{port}"])
+
+
+@pytest.fixture(scope="module")
+def deployment(
+    flux: Path, native_flux: Pictures, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
+    deployment = Deployment(flux, tmp_path_factory.mktemp("deployment"))
+    yield deployment
+    deployment.end()
+
+
+def wait_until_healthy(service: Service) -> None:
+    deadline = time.monotonic() + 200
+    while service.health().status_code != 200:
+        assert time.monotonic() < deadline, service.output()[-4000:]
+        time.sleep(0.5)
+
+
+def keepers(service: Service) -> list[psutil.Process]:
+    """What keeps the servers, one each; psutil knows them as children of the service."""
+    children = psutil.Process(service.process.pid).children()
+    return [child for child in children if any("local_server" in a for a in child.cmdline())]
+
+
+@pytest.mark.parametrize("case", ["one", "negative"])
+def test_pictures_are_native_s(deployment: Deployment, native_flux: Pictures, case: str) -> None:
+    deployment.wait_until_ready()
+    wait_until_healthy(deployment)
+    request = {"one": {"guidance_scale": 1.0}, "negative": {"negative_prompt": NEGATIVE}}[case]
+    made = deployment.picture(prompt=PROMPT, **request)
+    assert np.abs(made - image(native_flux, f"{case}.0")).max() <= 1
+
+
+def test_the_encoders_serve_others_too(deployment: Deployment) -> None:
+    with EncoderClient(deployment.encoder_url) as client:
+        assert client.info().architecture == "T5EncoderModel"
+        (fox,) = client.encode("a red fox")
+    assert fox.last_hidden_state.shape == (fox.prompt_tokens, 64)
+    log = deployment.output()
+    assert "text_encoder_2  T5EncoderModel  srt on a server of its own, " in log
+    assert "[text_encoder_2] " in log and "[text_encoder] " in log
+
+
+def test_one_that_dies_comes_back(deployment: Deployment) -> None:
+    deployment.picture(prompt="before")
+    for keeper in keepers(deployment):
+        if "text_encoder_2" in keeper.cmdline():
+            for server in keeper.children():
+                os.kill(server.pid, signal.SIGKILL)
+    said = deployment.error("meanwhile")
+    assert "text_encoder_2 on srt" in said and deployment.encoder_url in said
+    health = deployment.health()
+    assert health.status_code == 503 and deployment.encoder_url in health.json()["error"]
+    wait_until_healthy(deployment)
+    deployment.picture(prompt="meanwhile")
+
+
+def test_a_port_in_use(deployment: Deployment, flux: Path) -> None:
+    port = deployment.encoder_url.rpartition(":")[2]
+    command = [str(Path(sys.executable).with_name("sglang")), "generate", "--model-path", str(flux)]
+    command += as_flags(FLUX_FLOAT32 | ports())
+    command += ["--prompt", PROMPT, "--srt-encoders", f"text_encoder_2=server:{port}"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert f"text_encoder_2=server:{port}: port {port} is in use" in ended.stdout + ended.stderr
+
+
+def test_nothing_is_left_of_it(deployment: Deployment) -> None:
+    """The last test that `deployment` sees."""
+    own = psutil.Process(deployment.process.pid)
+    started = own.children(recursive=True)
+    assert len(keepers(deployment)) == 2
+    own.kill()
+    deployment.process.wait()
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{deployment.encoder_url}/health")

@@ -1,0 +1,114 @@
+"""Several servers for one component: who gets a prompt, and what becomes of it when one is down."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from relay import Relay
+from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
+from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError
+from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
+from sglang.srt.encode_only.local_server import LocalServer
+from sglang.srt.encode_only.request import EncodeInput
+
+TIMEOUT = 2.0
+
+
+@pytest.fixture
+def relays() -> list[Relay]:
+    return [Relay(), Relay()]
+
+
+@pytest.fixture
+def up(relays: list[Relay], t5_server: LocalServer) -> Iterator[None]:
+    """Both relays lead to a server."""
+    with relays[0].to(t5_server.url), relays[1].to(t5_server.url):
+        yield
+
+
+def servers(relays: list[Relay], t5_folder: Path) -> EncodeServers:
+    urls = [relay.url for relay in relays]
+    return EncodeServers("text_encoder_2", urls, Checkpoint.read(str(t5_folder)), TIMEOUT)
+
+
+def prompt(seed: int) -> list[EncodeInput]:
+    rng = random.Random(seed)
+    return [EncodeInput(token_ids=[*(rng.randrange(3, 600) for _ in range(8)), 1])]
+
+
+def which(relays: list[Relay], ask: EncodeServers, inputs: list[EncodeInput]) -> set[int]:
+    """The relays through which an encoding went."""
+    before = [relay.received for relay in relays]
+    ask(inputs)
+    return {i for i, relay in enumerate(relays) if relay.received > before[i]}
+
+
+def test_a_prompt_goes_where_it_went_before(relays, up, t5_folder) -> None:
+    one, other = servers(relays, t5_folder), servers(relays[::-1], t5_folder)
+    went = {seed: which(relays, one, prompt(seed)) for seed in range(24)}
+    assert all(len(through) == 1 for through in went.values())
+    share = sum(through == {0} for through in went.values())
+    assert 4 <= share <= 20, "One of them gets nearly everything."
+    # In whichever order a worker has the URLs.
+    assert went == {seed: which(relays, other, prompt(seed)) for seed in reversed(range(24))}
+
+
+CUT = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{"model":'
+"""An answer whose end never comes."""
+
+
+@pytest.mark.parametrize("fault", ["down", "silent", "cut", "another"])
+def test_one_that_fails_is_passed_over_and_asked_again_later(
+    fault: str, relays, t5_folder, t5_server, t5_reference
+) -> None:
+    ask = servers(relays, t5_folder)
+    with relays[1].to(t5_server.url):
+        with relays[0].to(t5_server.url):
+            mine = next(s for s in range(24) if which(relays, ask, prompt(s)) == {0})
+        faults = {
+            "down": contextlib.nullcontext(),
+            "silent": relays[0].silent(),
+            "cut": relays[0].saying(CUT),
+            "another": relays[0].saying(b"SSH-2.0-OpenSSH_9.2\r\n"),
+        }
+        with faults[fault]:
+            for seed in (mine, *range(4)):
+                (output,) = ask(prompt(seed))
+                expected = t5_reference(list(prompt(seed)[0].token_ids))[-1]
+                torch.testing.assert_close(output.last_hidden_state, expected, rtol=1e-5, atol=5e-6)
+        with relays[0].to(t5_server.url):
+            deadline = time.monotonic() + 30
+            while which(relays, ask, prompt(mine)) != {0}:
+                assert time.monotonic() < deadline, "It is not asked again."
+                time.sleep(0.2)
+
+
+def test_calls_at_once_use_both(relays, up, t5_folder) -> None:
+    """Though they are of one prompt, which one server would get."""
+    ask = servers(relays, t5_folder)
+    before = [relay.received for relay in relays]
+    with ThreadPoolExecutor(16) as pool:
+        outputs = list(pool.map(lambda _: ask(prompt(1))[0].last_hidden_state, range(64)))
+    assert all(relay.received > was for relay, was in zip(relays, before, strict=True))
+    for output in outputs:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=5e-6)
+
+
+def test_both_down_and_one_coming_back(relays, t5_folder, t5_server) -> None:
+    ask = servers(relays, t5_folder)
+    began = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(EncoderError, match="text_encoder_2 on srt: ") as raised:
+            ask(prompt(1))
+        assert all(relay.url in str(raised.value) for relay in relays)
+    assert time.monotonic() - began < 3 * len(relays) * TIMEOUT
+    with relays[1].to(t5_server.url):
+        # Though both are paused.
+        assert which(relays, ask, prompt(1)) == {1}

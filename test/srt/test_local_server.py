@@ -1,0 +1,120 @@
+"""A server that is kept up beside a program, and gone with it, whatever ends either."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from sglang.srt.encode_only.client import EncoderClient, EncoderUnavailable
+from sglang.srt.encode_only.local_server import KeptServer
+
+PROGRAM = """
+import json, sys, time
+from sglang.srt.encode_only.local_server import KeptServer
+server = KeptServer("t5", sys.argv[1], "--device", "cpu")
+print(json.dumps({"url": server.wait_until_ready(), "keeper": server._keeper.pid}), flush=True)
+time.sleep(3600)
+"""
+
+
+class Host:
+    """A program that keeps a server, and what it started."""
+
+    def __init__(self, model: Path, folder: Path):
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        self.log = folder / "log.txt"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, str(model)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "TMPDIR": str(self.temporary)},
+            )
+        assert self.process.stdout is not None
+        said = json.loads(self.process.stdout.readline())
+        self.url, self.keeper = said["url"], psutil.Process(said["keeper"])
+
+    def servers(self) -> list[psutil.Process]:
+        """The first process of the server, while there is one."""
+        return self.keeper.children()
+
+    def all(self) -> list[psutil.Process]:
+        return [self.keeper, *self.keeper.children(recursive=True)]
+
+
+@pytest.fixture
+def host(t5_folder: Path, tmp_path: Path) -> Iterator[Host]:
+    host = Host(t5_folder, tmp_path)
+    started = host.all()
+    yield host
+    host.process.kill()
+    host.process.wait()
+    for process in psutil.wait_procs(started, timeout=60)[1]:
+        process.kill()
+
+
+def eventually(what: Callable[[], bool]) -> bool:
+    """Whether it comes true within two minutes."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(EncoderUnavailable, psutil.NoSuchProcess):
+            if what():
+                return True
+        time.sleep(0.2)
+    return False
+
+
+def test_it_is_started_again_and_gone_with_its_program(host: Host) -> None:
+    def another(than: psutil.Process) -> bool:
+        return than not in host.servers() and bool(client.encode("ready?"))
+
+    with EncoderClient(host.url) as client:
+        before = client.encode("a red fox")[0].last_hidden_state
+        (first,) = host.servers()
+        first.kill()
+        assert eventually(lambda: another(first))
+        assert client.encode("a red fox")[0].last_hidden_state.equal(before)
+        (second,) = host.servers()
+        # Without its scheduler it answers no more, and ends.
+        for child in second.children(recursive=True):
+            if "scheduler" in " ".join(child.cmdline()):
+                child.kill()
+        assert eventually(lambda: another(second))
+        assert client.encode("a red fox")[0].last_hidden_state.equal(before)
+    log = host.log.read_text()
+    assert "[t5] The server ended with status -9; it is started again in 1 s." in log
+    running = [line for line in log.splitlines() if "Uvicorn running" in line]
+    assert len(running) == 3 and all(line.startswith("[t5] ") for line in running), running
+
+    started = host.all()
+    os.kill(host.process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
+    assert not list(host.temporary.glob("sglang-server-*"))
+
+
+def test_it_ends_with_its_keeper(host: Host) -> None:
+    started = host.all()
+    host.keeper.kill()
+    _, alive = psutil.wait_procs(started[1:], timeout=60)
+    assert not alive
+
+
+def test_what_does_not_start_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "t5"}')
+    server = KeptServer("t5", tmp_path, "--device", "cpu", "--skip-tokenizer-init")
+    with pytest.raises(RuntimeError, match="The server of t5 does not start") as raised:
+        server.wait_until_ready()
+    assert "NoSuchModel" in str(raised.value)
+    server.close()
+    assert "[t5] " in capfd.readouterr().err
