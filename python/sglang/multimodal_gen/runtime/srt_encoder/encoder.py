@@ -6,7 +6,9 @@ come back out as the batch was. Who encodes is made in `loader.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from typing import Any, cast
 
 import torch
@@ -23,6 +25,7 @@ from sglang.srt.encode_only.request import (
     EncodeInput,
     EncodeOutput,
     EncodeSpec,
+    RequestError,
 )
 from torch import nn
 
@@ -31,6 +34,57 @@ Encode = Callable[[list[EncodeInput]], list[EncodeOutput]]
 
 class EncoderError(RuntimeError):
     """A prompt could not be encoded; the message names the component, and the server if any."""
+
+
+class InputRefused(EncoderError):
+    """Because of what is in it; others may be encoded."""
+
+
+class Noted(Exception):
+    """What a call would encode has been noted, in place of encoding it."""
+
+
+Key = tuple[tuple[int, ...], EncodeSpec]
+
+
+class Ahead:
+    """Encodings that are asked for in one call, before the stage wants them one after another.
+
+    Args:
+        encode: who encodes.
+        inputs: what is wanted; each is encoded once.
+        executor: where the call runs; it begins at once. None where it uses the device that the
+            stage computes on: then it runs in whoever wants the first output.
+    """
+
+    def __init__(self, encode: Encode, inputs: list[EncodeInput], executor: Executor | None):
+        self._encode = encode
+        self._inputs = {_key(one): one for one in inputs}
+        self._outputs: dict[Key, EncodeOutput] | None = None
+        self._future: Future[list[EncodeOutput]] | None = None
+        if executor is not None:
+            self._future = executor.submit(encode, [*self._inputs.values()])
+
+    def outputs(self, inputs: list[EncodeInput]) -> list[EncodeOutput] | None:
+        """The outputs of `inputs`, None where they are not all among them or one was refused."""
+        keys = [_key(one) for one in inputs]
+        if not self._inputs.keys() >= set(keys):
+            return None
+        if self._outputs is None:
+            try:
+                if self._future is not None:
+                    outputs = self._future.result()
+                else:
+                    outputs = self._encode([*self._inputs.values()])
+            except (InputRefused, RequestError):
+                self._inputs.clear()
+                return None
+            self._outputs = dict(zip(self._inputs, outputs, strict=True))
+        return [self._outputs[key] for key in keys]
+
+
+def _key(one: EncodeInput) -> Key:
+    return tuple(one.token_ids), one.spec
 
 
 class HiddenStates(tuple):
@@ -89,6 +143,8 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         else:
             self.layers += [k % count for k in reads.hidden_states]
         self._encode = encode
+        self._noted: list[EncodeInput] | None = None
+        self._ahead: Ahead | None = None
         if group is not None and group.world_size > 1:
             # The conditioning cache then agrees over the same ranks on what it has.
             self.bind_encoder_tp_group(group)
@@ -119,6 +175,9 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         if input_ids is None or inputs_embeds is not None or position_ids is not None:
             raise ValueError(f"{self.component} on srt takes input_ids, and only those.")
         spans = self._spans(input_ids, attention_mask if self.reads.masked else None)
+        if self._noted is not None:
+            self._noted += self._requests(input_ids, spans)[1]
+            raise Noted
         states, pooled = self._on_every_rank(input_ids, spans)
         hidden_states = None
         if any(layer != LAST_HIDDEN_STATE for layer in states):
@@ -131,6 +190,26 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
             hidden_states=cast("Any", hidden_states),
             attention_mask=attention_mask,
         )
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[list[EncodeInput]]:
+        """While this holds, calls note in this list what they would encode, and raise Noted."""
+        self._noted = []
+        try:
+            yield self._noted
+        finally:
+            self._noted = None
+
+    @contextlib.contextmanager
+    def ahead(self, inputs: list[EncodeInput], executor: Executor) -> Iterator[None]:
+        """While this holds, calls for `inputs` are answered by one encoding of them all."""
+        if self._encode is not None and inputs:
+            elsewhere = getattr(self._encode, "elsewhere", False)
+            self._ahead = Ahead(self._encode, inputs, executor if elsewhere else None)
+        try:
+            yield
+        finally:
+            self._ahead = None
 
     def _spans(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[range]:
         """Where in each row its real tokens are."""
@@ -202,27 +281,13 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
     ) -> None:
         """Encodes, and puts the rows in their places."""
         assert self._encode is not None, "No encoder on the rank that encodes. This is a bug."
-        rows: dict[int, range] = {}
-        inputs = []
-        for i, (ids, span) in enumerate(zip(input_ids.tolist(), spans, strict=True)):
-            if not span:
-                continue
-            if self.reads.pads:
-                rows[i] = range(len(ids))
-            elif not states:
-                rows[i] = range(span.start, span.start + self._end_of_text(ids[span.start :]))
-            else:
-                rows[i] = span
-            spec = EncodeSpec(
-                layers=tuple(states),
-                pooled=pooled is not None,
-                attend=len(span) if len(span) < len(rows[i]) else None,
-            )
-            inputs.append(EncodeInput(token_ids=ids[rows[i].start : rows[i].stop], spec=spec))
+        rows, inputs = self._requests(input_ids, spans)
         if not inputs:
             return
         try:
-            outputs = self._encode(inputs)
+            outputs = self._ahead.outputs(inputs) if self._ahead is not None else None
+            if outputs is None:
+                outputs = self._encode(inputs)
         except EncoderError:
             raise
         except Exception as error:
@@ -232,6 +297,29 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
                 state[i, span.start : span.stop] = output.hidden_states[layer]
             if pooled is not None:
                 pooled[i] = output.pooled
+
+    def _requests(
+        self, input_ids: torch.Tensor, spans: list[range]
+    ) -> tuple[dict[int, range], list[EncodeInput]]:
+        """What is to be encoded, and which columns of which row it is."""
+        rows: dict[int, range] = {}
+        inputs = []
+        for i, (ids, span) in enumerate(zip(input_ids.tolist(), spans, strict=True)):
+            if not span:
+                continue
+            if self.reads.pads:
+                rows[i] = range(len(ids))
+            elif not self.layers:
+                rows[i] = range(span.start, span.start + self._end_of_text(ids[span.start :]))
+            else:
+                rows[i] = span
+            spec = EncodeSpec(
+                layers=tuple(self.layers),
+                pooled=self.reads.pooled,
+                attend=len(span) if len(span) < len(rows[i]) else None,
+            )
+            inputs.append(EncodeInput(token_ids=ids[rows[i].start : rows[i].stop], spec=spec))
+        return rows, inputs
 
     def _end_of_text(self, ids: list[int]) -> int:
         """How many tokens a pooled vector is made of; a causal encoder's later ones do not count.

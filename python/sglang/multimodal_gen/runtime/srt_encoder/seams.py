@@ -76,6 +76,26 @@ DIFFUSION: tuple[Seam, ...] = (
         )
     ),
     Seam(
+        target="sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding"
+        ":TextEncodingStage.forward",
+        kind="around",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.together:one",
+        parameters=("self", "batch", "server_args"),
+        process="diffusion",
+        reason="The encoders of a prompt, and its negative one, are asked together.",
+        upstream="tokenize for every encoder first, and let encoders return futures",
+    ),
+    Seam(
+        target="sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding"
+        ":TextEncodingStage.run_grouped_requests",
+        kind="around",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.together:group",
+        parameters=("self", "batches", "server_args"),
+        process="diffusion",
+        reason="The prompts of a batch of requests go to an encoder in one call.",
+        upstream="the same, over all requests of the group",
+    ),
+    Seam(
         target="sglang.multimodal_gen.runtime.entrypoints.http_server:create_app",
         kind="after",
         hook="sglang.multimodal_gen.runtime.srt_encoder.http_app:extend",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
-from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError
+from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError, InputRefused
 from sglang.srt.encode_only.client import EncoderClient, EncoderUnavailable
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, RequestError
 
@@ -61,7 +61,12 @@ class EncodeServers:
         expected: what each has to serve. It is asked before every batch, because a server can be
             started again with another model.
         timeout: seconds that a server has for an answer.
+
+    Attributes:
+        elsewhere: that it computes nothing on this process's device.
     """
+
+    elsewhere = True
 
     def __init__(self, component: str, urls: Sequence[str], expected: Checkpoint, timeout: float):
         self.component = component
@@ -87,9 +92,8 @@ class EncodeServers:
                 down.append(str(error))
             except RequestError as error:
                 if error.status != 429:
-                    raise self._error(
-                        f"The encoder at {client.base_url} refused: {error}"
-                    ) from error
+                    said = f"The encoder at {client.base_url} refused: {error}"
+                    raise InputRefused(f"{self.component} on srt: {said}") from error
                 down.append(f"The encoder at {client.base_url} is busy: {error}")
         raise self._error(" ".join(down))
 
