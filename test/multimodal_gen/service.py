@@ -23,7 +23,7 @@ TIMEOUT = 8
 class Service(Program):
     """A FLUX.1 service; `relay` decides who encodes for it, unless `encoders` does."""
 
-    def __init__(self, flux: Path, folder: Path, encoders: Sequence[str] = ()):
+    def __init__(self, flux: Path, folder: Path, encoders: Sequence[str] = (), **more: object):
         self.relay = Relay()
         self.url = Relay().url
         flags = ports() | {
@@ -32,6 +32,7 @@ class Service(Program):
             "output_path": folder,
             "input_save_path": folder,
             **FLUX_FLOAT32,
+            **more,
         }
         command = [str(Path(sys.executable).with_name("sglang")), "serve", str(flux)]
         encoders = encoders or ["srt", f"text_encoder_2={self.relay.url}"]

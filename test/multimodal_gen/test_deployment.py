@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
 import psutil
 import pytest
-from pictures import FLUX_FLOAT32, NEGATIVE, PROMPT, Pictures, as_flags, image, ports
+from pictures import BATCH, FLUX_FLOAT32, NEGATIVE, PROMPT, Pictures, as_flags, image, ports
 from relay import Relay
 from service import Service
 from sglang.srt.encode_only.client import EncoderClient
@@ -26,7 +27,8 @@ class Deployment(Service):
     def __init__(self, flux: Path, folder: Path):
         self.encoder_url = Relay().url
         port = self.encoder_url.rpartition(":")[2]
-        super().__init__(flux, folder, ["server", f"text_encoder_2=server:{port}"])
+        encoders = ["server", f"text_encoder_2=server:{port}"]
+        super().__init__(flux, folder, encoders, batching_max_size=8, batching_delay_ms=500)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,15 @@ def test_pictures_are_native_s(deployment: Deployment, native_flux: Pictures, ca
     request = {"one": {"guidance_scale": 1.0}, "negative": {"negative_prompt": NEGATIVE}}[case]
     made = deployment.picture(prompt=PROMPT, **request)
     assert np.abs(made - image(native_flux, f"{case}.0")).max() <= 1
+
+
+def test_eight_requests_at_once(deployment: Deployment, native_flux: Pictures) -> None:
+    def picture(i: int) -> np.ndarray:
+        return deployment.picture(prompt=BATCH[i % 2], negative_prompt=NEGATIVE)
+
+    with ThreadPoolExecutor(8) as pool:
+        for i, made in enumerate(pool.map(picture, range(8))):
+            assert np.abs(made - image(native_flux, f"batch.{i % 2}")).max() <= 1
 
 
 def test_the_encoders_serve_others_too(deployment: Deployment) -> None:
