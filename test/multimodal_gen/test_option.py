@@ -101,6 +101,25 @@ def test_options_of_native_weights_are_refused(flux: Path):
     given(flux, srt_encoders="text_encoder_2=srt", component_quantizations=beside)
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"text_encoder_cpu_offload": True},
+        {"cpu_offload_components": ["text_encoder_2"]},
+        {"layerwise_offload_components": ["text_encoder_2"]},
+    ],
+)
+def test_offloading_an_encoder_of_the_worker_is_refused(flux: Path, flag: dict):
+    with pytest.raises(ValueError, match="text_encoder_2 in the diffusion worker, .*-offload is"):
+        given(flux, srt_encoders="text_encoder_2=srt", **flag)
+    for elsewhere in ("server", "http://10.0.0.7:30000", "native"):
+        given(flux, srt_encoders=f"text_encoder_2={elsewhere}", **flag)
+
+
+def test_an_encoder_of_the_worker_that_is_said_to_stay(flux: Path):
+    given(flux, srt_encoders="text_encoder_2=srt", text_encoder_cpu_offload=False)
+
+
 def test_a_pipeline_that_runs_in_plain_diffusers_is_refused(flux: Path):
     with pytest.raises(ValueError, match="runs in plain diffusers"):
         given(flux, srt_encoders="srt", backend="diffusers")

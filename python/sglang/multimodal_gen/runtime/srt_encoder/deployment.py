@@ -87,14 +87,14 @@ class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
             port=port,
         )
 
-    def weight_bytes(self) -> int:
-        """What its weights take in its dtype, with all that its checkpoint holds."""
+    def weight_bytes(self) -> int | None:
+        """What its checkpoint's weights take in its dtype, None where it has no safetensors."""
         count = 0
         for file in Path(self.folder).glob("*.safetensors"):
             with safe_open(file, "pt") as tensors:
                 names = tensors.keys()
                 count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-        return count * self.dtype.itemsize
+        return count * self.dtype.itemsize or None
 
 
 def launch(original: Callable[..., Any], server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +154,7 @@ def table(encoders: list[TextEncoder]) -> str:
     rows = [("component", "class", "placement", "device", "dtype", "weights")]
     for one in encoders:
         elsewhere = isinstance(one.placement, Servers) and not one.placement.local
+        size = None if elsewhere else one.weight_bytes()
         rows.append(
             (
                 one.component,
@@ -161,7 +162,7 @@ def table(encoders: list[TextEncoder]) -> str:
                 str(one.placement),
                 "elsewhere" if elsewhere else current_platform.device_type,
                 "the server's" if elsewhere else str(one.dtype).removeprefix("torch."),
-                "none here" if elsewhere else f"{one.weight_bytes() / 1e6:.1f} MB",
+                "none here" if elsewhere else "?" if size is None else f"{size / 1e6:.1f} MB",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

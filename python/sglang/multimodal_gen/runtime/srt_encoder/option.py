@@ -13,9 +13,11 @@ from argparse import ArgumentParser
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from sglang.multimodal_gen.runtime.managers.memory_managers.component_residency import RESIDENT
 from sglang.multimodal_gen.runtime.srt_encoder.placement import (
     FLAG,
     VALUES,
+    InWorker,
     Native,
     Option,
     Placement,
@@ -82,6 +84,8 @@ def check(_result: object, server_args: ServerArgs) -> None:
         placement = placements.of(component, architecture)
         if placement != Native():
             _refuse_weight_options(server_args, component)
+            if placement == InWorker():
+                _refuse_offload(server_args, component)
             try:
                 reads_of(server_args.pipeline_config, component)
             except ValueError as error:
@@ -122,3 +126,15 @@ def _refuse_weight_options(server_args: ServerArgs, component: str) -> None:
                 f"{flag}.{component} is for a native encoder, but {FLAG} places {component} on "
                 "srt. Leave one of them out."
             )
+
+
+def _refuse_offload(server_args: ServerArgs, component: str) -> None:
+    """srt keeps an encoder's weights where they are."""
+    mode = server_args.explicit_residency_mode(component)
+    if mode not in (None, RESIDENT):
+        raise ValueError(
+            f"{FLAG} places {component} in the diffusion worker, where srt keeps its weights on "
+            f"the device, but {mode} is asked for it (--text-encoder-cpu-offload, "
+            "--cpu-offload-components or --layerwise-offload-components). Leave that out for it, "
+            f"or give {component}=server or {component}=native."
+        )
