@@ -110,7 +110,7 @@ def test_options_of_native_weights_are_refused(flux: Path):
     ],
 )
 def test_offloading_an_encoder_of_the_worker_is_refused(flux: Path, flag: dict):
-    with pytest.raises(ValueError, match="text_encoder_2 in the diffusion worker, .*-offload is"):
+    with pytest.raises(ValueError, match=r"text_encoder_2 in the diffusion worker, .*-offload is"):
         given(flux, srt_encoders="text_encoder_2=srt", **flag)
     for elsewhere in ("server", "http://10.0.0.7:30000", "native"):
         given(flux, srt_encoders=f"text_encoder_2={elsewhere}", **flag)
