@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -53,6 +54,10 @@ class Service(Program):
 
     def health(self) -> httpx.Response:
         return httpx.get(f"{self.url}/health", timeout=30)
+
+    def update_weights(self, **request: object) -> dict[str, Any]:
+        url = f"{self.url}/update_weights_from_disk"
+        return httpx.post(url, json=request, timeout=120).json()
 
     def generate(self, **request: object) -> httpx.Response:
         body = {"response_format": "b64_json", "output_format": "png"} | SETTINGS | request

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,29 @@ def test_healthy_only_while_the_encoder_is_there(service: Service, flux_server: 
     assert service.relay.url in health.json()["error"]
     with service.relay.to(flux_server.url):
         assert service.health().status_code == 200
+
+
+@pytest.mark.parametrize("modules", [None, ["text_encoder"], ["transformer", "text_encoder_2"]])
+def test_a_weight_update_of_an_encoder_on_srt_is_refused(
+    service: Service, flux: Path, modules: list[str] | None
+):
+    said = service.update_weights(model_path=str(flux), target_modules=modules)
+    assert said["success"] is False
+    assert "text_encoder" in said["message"] and "on srt: the weights are not" in said["message"]
+
+
+def test_a_weight_update_empties_the_conditioning_cache(
+    service: Service, flux_server: LocalServer, flux: Path
+):
+    with service.relay.to(flux_server.url):
+        service.picture(prompt="new weights")
+        asked = service.relay.received
+        service.picture(prompt="new weights")
+        assert service.relay.received == asked, "The cache answers."
+        said = service.update_weights(model_path=str(flux), target_modules=["transformer"])
+        assert said["success"] is True, said
+        service.picture(prompt="new weights")
+        assert service.relay.received > asked
 
 
 def test_an_encoder_that_is_gone_between_two_prompts(service: Service, flux_server: LocalServer):

@@ -96,6 +96,16 @@ DIFFUSION: tuple[Seam, ...] = (
         upstream="the same, over all requests of the group",
     ),
     Seam(
+        target="sglang.multimodal_gen.runtime.post_training.weights_updater"
+        ":WeightsUpdater._collect_modules",
+        kind="after",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.weight_updates:refuse_encoders_on_srt",
+        parameters=("self", "target_modules"),
+        process="diffusion",
+        reason="An update would find no weights in an encoder on srt, and report success.",
+        upstream="the same check, there",
+    ),
+    Seam(
         target="sglang.multimodal_gen.runtime.entrypoints.http_server:create_app",
         kind="after",
         hook="sglang.multimodal_gen.runtime.srt_encoder.http_app:extend",
