@@ -18,7 +18,7 @@ from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
 from sglang.srt.encode_only.local_server import LocalServer
 from sglang.srt.encode_only.request import EncodeInput
 
-TIMEOUT = 2.0
+TIMEOUT = 5.0
 
 
 @pytest.fixture
