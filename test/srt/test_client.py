@@ -267,7 +267,7 @@ def test_a_server_that_is_killed_under_requests(guarded_server):
                 thread.join(30)
         assert [url in failure for failure in failures] == [True, True]
         for kind in ("sync", "async"):
-            with pytest.raises(EncoderUnavailable, match="refused|ended unanswered"):
+            with pytest.raises(EncoderUnavailable, match=r"refused|ended unanswered"):
                 call(kind, url, "encode", "a text", api_key=API_KEY)
         guarded_server.restart()
         assert torch.equal(client.encode("a text")[0].last_hidden_state, before)
