@@ -53,8 +53,8 @@ def test_every_form_is_read(option: Option, read_as: Placements):
     [
         ("sgl", "'sgl' is no place for a text encoder; give native, srt, server"),
         ("text_encoder=gpu", "--srt-encoders text_encoder=: 'gpu' is no place"),
-        ("server:0", "'server:0' has no port; give one of 1 to 65535"),
-        ("server:65536", "'server:65536' has no port"),
+        ("server:0", "'server:0': a port is a number of 1 to 65535"),
+        ("server:65536", "'server:65536': a port is"),
         ("server:", "'server:' is no place"),
         ("servers", "'servers' is no place"),
         ("text_encoder=", "--srt-encoders text_encoder=: '' is no place"),

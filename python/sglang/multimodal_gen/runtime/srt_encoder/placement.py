@@ -176,7 +176,7 @@ def _place(component: str | None, value: str) -> Placement:
     if match := re.fullmatch(r"server(?::(\d+))?", value):
         port = None if match[1] is None else int(match[1])
         if port is not None and not 0 < port < 1 << 16:
-            raise ValueError(f"{FLAG}: {value!r} has no port; give one of 1 to 65535.")
+            raise ValueError(f"{FLAG}: {value!r}: a port is a number of 1 to 65535.")
         return Beside(port)
     return Servers(tuple(_url(component, url.strip()) for url in value.split(",")))
 
