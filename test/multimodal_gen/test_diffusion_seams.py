@@ -13,10 +13,11 @@ CHECK_ALL = """
 import msgspec
 from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry
 from sglang.cli.plugins_first import COMMAND_LINE
-from sglang.multimodal_gen.runtime.srt_encoder.seams import DIFFUSION
+from sglang.multimodal_gen.runtime.srt_encoder.seams import DIFFUSION, PORTABLE_CPU
 from sglang.srt.encode_only import seams
 
-for seam in (*DIFFUSION, *COMMAND_LINE):
+SEAMS = (*DIFFUSION, *PORTABLE_CPU, *COMMAND_LINE)
+for seam in SEAMS:
     assert seam.reason and seam.upstream, seam
     seams.check(seam)
     for change in ({"target": seam.target + "_gone"}, {"parameters": ("something", "else")}):
@@ -27,7 +28,7 @@ for seam in (*DIFFUSION, *COMMAND_LINE):
             assert broken.path in str(error) and seams.SUPPORTED_SGLANG in str(error), error
         else:
             raise AssertionError(broken)
-print("CHECKED", len(DIFFUSION) + len(COMMAND_LINE))
+print("CHECKED", len(SEAMS))
 """
 
 
@@ -36,7 +37,7 @@ def test_every_seam_fits_and_one_that_does_not_is_named() -> None:
         [sys.executable, "-c", CHECK_ALL], capture_output=True, text=True, timeout=300
     )
     assert process.returncode == 0, process.stderr
-    assert "CHECKED 12" in process.stdout
+    assert "CHECKED 15" in process.stdout
 
 
 @pytest.mark.parametrize("environment", [{}, {"SGLANG_PLATFORM": "portable_cpu"}])

@@ -12,13 +12,15 @@ import importlib
 
 import torch
 import torch.nn.functional as F
+from sglang.srt.encode_only import seams
 from sglang.srt.encode_only.plugin import supports_installed_sglang
 
 
 def define_missing_operators() -> None:
     """Entry point of `sglang.multimodal_gen.plugins`: defines what the installed sgl-kernel lacks.
 
-    Does nothing where there is an accelerator.
+    It also puts in what the roles of a disaggregated pipeline lack (`host_transfer.py`). Does
+    nothing where there is an accelerator.
     """
     from sglang.multimodal_gen.runtime.platforms import current_platform
 
@@ -30,6 +32,10 @@ def define_missing_operators() -> None:
     for operator in (fused_norm_scale_shift_cpu, fused_scale_residual_norm_scale_shift_cpu):
         if not hasattr(torch.ops.sgl_kernel, operator.__name__):
             torch.library.custom_op(f"sgl_kernel::{operator.__name__}", operator, mutates_args=())
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry
+    from sglang.multimodal_gen.runtime.srt_encoder.seams import PORTABLE_CPU
+
+    seams.install(PORTABLE_CPU, HookRegistry)
 
 
 def fused_norm_scale_shift_cpu(

@@ -7,10 +7,11 @@ its values mean is in `placement.py`. The functions here are hooks: `seams.py` s
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from argparse import ArgumentParser
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sglang.multimodal_gen.runtime.managers.memory_managers.component_residency import RESIDENT
@@ -27,6 +28,7 @@ from sglang.multimodal_gen.runtime.srt_encoder.reads import reads_of
 
 if TYPE_CHECKING:
     from sglang.multimodal_gen.configs.pipeline_configs import PipelineConfig
+    from sglang.multimodal_gen.runtime.disaggregation.roles import RoleType
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
 NAME = "srt_encoders"
@@ -59,6 +61,23 @@ def take_from_config(config: PipelineConfig, source_pipeline_dict: Mapping[str, 
     """BEFORE `PipelineConfig.update_pipeline_config`: the option in a pipeline config's JSON."""
     if NAME in source_pipeline_dict:
         config.srt_encoders = source_pipeline_dict[NAME]  # type: ignore[attr-defined]
+
+
+def keep_for_role(
+    original: Callable[..., ServerArgs], self: ServerArgs, role_type: RoleType, **overrides: Any
+) -> ServerArgs:
+    """AROUND `ServerArgs.for_disagg_role`, which makes the pipeline config anew from its class.
+
+    Where the option is given, the workers of a role get all that was given for the pipeline, so
+    that the same flags make the same picture with roles as without.
+    """
+    if given_in(self.pipeline_config) is None:
+        return original(self, role_type, **overrides)
+    config = copy.deepcopy(self.pipeline_config)
+    # Decided for the ranks of the parent's arguments; those of the role decide again.
+    for encoder in (*config.text_encoder_configs, config.image_encoder_config):
+        encoder.parallel_folding_mode = None
+    return original(self, role_type, pipeline_config=config, **overrides)
 
 
 def given_in(config: PipelineConfig) -> Option | None:

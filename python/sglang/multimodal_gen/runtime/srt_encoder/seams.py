@@ -76,6 +76,15 @@ DIFFUSION: tuple[Seam, ...] = (
         )
     ),
     Seam(
+        target="sglang.multimodal_gen.runtime.server_args.server_args:ServerArgs.for_disagg_role",
+        kind="around",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.option:keep_for_role",
+        parameters=("self", "role_type", "overrides"),
+        process="diffusion",
+        reason="A role's workers get a new pipeline config, without what was given for it.",
+        upstream="keep the pipeline config, but for what is resolved from the ranks",
+    ),
+    Seam(
         target="sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding"
         ":TextEncodingStage.forward",
         kind="around",
@@ -118,3 +127,28 @@ DIFFUSION: tuple[Seam, ...] = (
     ),
 )
 """Installed in every process of the diffusion runtime that loads plugins."""
+
+PORTABLE_CPU: tuple[Seam, ...] = (
+    Seam(
+        target="sglang.multimodal_gen.runtime.disaggregation.scheduler_mixin"
+        ":SchedulerDisaggMixin._init_disagg_state",
+        kind="around",
+        hook="sglang.multimodal_gen.runtime.platforms.host_transfer:without_streams",
+        parameters=("self", "server_args", "local_rank"),
+        process="diffusion",
+        reason="A role asks for a CUDA stream, also where there is no GPU.",
+        upstream="no stream where the platform is a CPU",
+    ),
+    Seam(
+        target="sglang.multimodal_gen.runtime.disaggregation.scheduler_mixin"
+        ":create_transfer_engine",
+        kind="around",
+        hook="sglang.multimodal_gen.runtime.platforms.host_transfer:create_engine",
+        parameters=("hostname", "gpu_id", "ib_device"),
+        process="diffusion",
+        reason="Roles on a CPU need no Mooncake, which is no dependency of sglang.",
+        upstream="a backend of --disagg-transfer-backend, of which stock reads none",
+    ),
+)
+"""What the roles of a disaggregated pipeline need on a CPU, with native encoders too. Installed
+where there is no accelerator."""
