@@ -101,6 +101,8 @@ def doubled_server(t5_folder: Path) -> Iterator[LocalServer]:
 def guarded_server(t5_folder: Path) -> Iterator[LocalServer]:
     """With a key, and a queue of `QUEUE` inputs. Tests may kill it; `restart` it then."""
     arguments = ("--device", "cpu", "--api-key", API_KEY, "--max-queued-requests", str(QUEUE))
+    # Two of the longest inputs are two batches.
+    arguments += ("--max-prefill-tokens", "600")
     with LocalServer(t5_folder, *arguments) as server:
         yield server
 

@@ -13,7 +13,7 @@ from sglang.srt.encode_only.local_server import LocalServer
 API_KEY = "open sesame"
 """Of `guarded_server`."""
 QUEUE = 4
-"""Most inputs that wait at `guarded_server`."""
+"""Most requests that wait at `guarded_server`."""
 
 
 def schedulers(server: LocalServer) -> list[psutil.Process]:

@@ -9,6 +9,9 @@ import threading
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
+# Loopback, but not a name of this host to which a client lends memory: answers pass the relay.
+_HOST = "127.0.0.2"
+
 
 class Relay:
     """Holds a free loopback port. Nobody answers there but while `to` holds.
@@ -19,9 +22,9 @@ class Relay:
 
     def __init__(self) -> None:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((_HOST, 0))
             self._port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self._port}"
+        self.url = f"http://{_HOST}:{self._port}"
         self.received = 0
 
     @contextlib.contextmanager
@@ -63,12 +66,12 @@ class Relay:
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
         """While this holds, connections are taken and never answered."""
-        with socket.create_server(("127.0.0.1", self._port)):
+        with socket.create_server((_HOST, self._port)):
             yield
 
     @contextlib.contextmanager
     def _serving(self, handler: type[socketserver.BaseRequestHandler]) -> Iterator[None]:
-        with _Server(("127.0.0.1", self._port), handler) as server:
+        with _Server((_HOST, self._port), handler) as server:
             thread = threading.Thread(target=server.serve_forever, daemon=True)
             thread.start()
             try:

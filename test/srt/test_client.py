@@ -10,7 +10,13 @@ import pytest
 import torch
 from sglang.srt.encode_only import wire
 from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient, EncoderUnavailable
-from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncodeSpec, RequestError
+from sglang.srt.encode_only.request import (
+    EncodeInput,
+    EncodeOutput,
+    EncoderInfo,
+    EncodeSpec,
+    RequestError,
+)
 
 from server_control import API_KEY, assert_close, frozen_scheduler
 
@@ -73,7 +79,16 @@ def http_answer(body, media_type=wire.SAFETENSORS, status="200 OK", length=None)
 def encoder_body(tokens=3, hidden=8, rows=None):
     states = torch.randn(tokens if rows is None else rows, hidden)
     output = EncodeOutput({-1: states}, prompt_tokens=tokens)
-    return wire.write_answer([output], "tiny", "safetensors")[0]
+    info = EncoderInfo(
+        model="tiny",
+        architecture="T5EncoderModel",
+        num_layers=2,
+        hidden_size=hidden,
+        vocab_size=32,
+        max_length=16,
+        dtype="float32",
+    )
+    return wire.write_answer([output], info, "safetensors")[0]
 
 
 @both

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.encode_only import server_args as encode_only_args
+from sglang.srt.encode_only.encoders import MAX_LENGTH
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 from transformers import BertConfig
@@ -16,6 +17,10 @@ from transformers import BertConfig
 @pytest.fixture(scope="module", autouse=True)
 def plugins():
     load_plugins()
+
+
+def max_length(cfg) -> int:
+    return json.loads(cfg.json_model_override_args)[MAX_LENGTH]
 
 
 def resolved(monkeypatch, **fields):
@@ -46,7 +51,7 @@ def test_the_flag_in_a_config_file_and_in_the_help(t5_folder: Path, tmp_path: Pa
 
 def test_an_input_may_be_as_long_as_the_context_length(monkeypatch, t5_folder: Path):
     cfg = resolved(monkeypatch, model_path=str(t5_folder), context_length=512)
-    assert encode_only_args.max_length_of(cfg.context_length) == 512
+    assert max_length(cfg) == 512
 
 
 @pytest.mark.parametrize(
@@ -87,7 +92,7 @@ def test_a_language_model_has_no_cache_and_the_length_of_its_config(
     cfg = resolved(monkeypatch, model_path=str(llama_folder))
     assert cfg.disable_radix_cache and cfg.prefill_only_disable_kv_cache
     # Its config has no positions of its own, so transformers' 2048.
-    assert encode_only_args.max_length_of(cfg.context_length) == 2048
+    assert max_length(cfg) == 2048
     with pytest.raises(ValueError, match="2049 is beyond the 2048 positions"):
         resolved(monkeypatch, model_path=str(llama_folder), context_length=2049)
 

@@ -3,6 +3,7 @@
 import json
 import random
 
+import msgspec
 import pytest
 import safetensors
 import safetensors.torch
@@ -17,7 +18,16 @@ from sglang.srt.encode_only.request import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MODEL = 'a "model" é'
+INFO = EncoderInfo(
+    model='a "model" é',
+    architecture="T5EncoderModel",
+    num_layers=2,
+    hidden_size=8,
+    vocab_size=32,
+    max_length=16,
+    dtype="float32",
+    pooled_size=12,
+)
 
 
 @pytest.fixture
@@ -52,10 +62,11 @@ def assert_same(got, expected):
             assert torch.equal(a.hidden_states[layer], states)
         assert (a.pooled is None) == (b.pooled is None)
         assert b.pooled is None or torch.equal(a.pooled, b.pooled)
-        assert (a.prompt_tokens, a.cached_tokens, a.truncated) == (
+        assert (a.prompt_tokens, a.cached_tokens, a.truncated, a.encoder) == (
             b.prompt_tokens,
             b.cached_tokens,
             b.truncated,
+            INFO,
         )
 
 
@@ -64,20 +75,21 @@ def assert_same(got, expected):
 def test_every_format_gives_the_numbers_back_to_the_bit(form, dtype, rng):
     for _ in range(10):
         outputs = some_outputs(rng, dtype)
-        body, media_type = wire.write_answer(outputs, MODEL, form)
+        body, media_type = wire.write_answer(outputs, INFO, form)
         assert_same(wire.read_answer(bytearray(body), media_type), outputs)
 
 
 def test_the_safetensors_library_reads_what_we_write(rng, tmp_path):
     outputs = some_outputs(rng)
-    body, media_type = wire.write_answer(outputs, MODEL, "safetensors")
+    body, media_type = wire.write_answer(outputs, INFO, "safetensors")
     assert media_type == "application/x-safetensors"
     (tmp_path / "answer.safetensors").write_bytes(body)
     tensors = safetensors.torch.load(body)
     with safetensors.safe_open(tmp_path / "answer.safetensors", "pt") as file:
         facts = {key: json.loads(value) for key, value in file.metadata().items()}
     assert facts == {
-        "model": MODEL,
+        "model": INFO.model,
+        "encoder": msgspec.to_builtins(INFO),
         "prompt_tokens": [o.prompt_tokens for o in outputs],
         "cached_tokens": [o.cached_tokens for o in outputs],
         "truncated": [o.truncated for o in outputs],
@@ -94,7 +106,7 @@ def test_the_safetensors_library_reads_what_we_write(rng, tmp_path):
 
 
 def test_tensors_are_views_of_the_body(rng):
-    body, media_type = wire.write_answer(some_outputs(rng), MODEL, "safetensors")
+    body, media_type = wire.write_answer(some_outputs(rng), INFO, "safetensors")
     buffer = bytearray(body)
     outputs = wire.read_answer(buffer, media_type)
     outputs[-1].hidden_states[next(iter(outputs[-1].hidden_states))].fill_(0.25)
@@ -103,13 +115,13 @@ def test_tensors_are_views_of_the_body(rng):
 
 def test_strided_states_are_written_row_by_row(rng):
     states = torch.randn(6, 8)[:, ::2]
-    body, media_type = wire.write_answer([EncodeOutput({-1: states})], MODEL, "safetensors")
+    body, media_type = wire.write_answer([EncodeOutput({-1: states})], INFO, "safetensors")
     assert torch.equal(wire.read_answer(bytearray(body), media_type)[0].last_hidden_state, states)
 
 
 def test_numbers_that_are_not_finite_are_null_in_json():
     states = torch.tensor([[1.0, float("nan")], [float("inf"), -2.5]])
-    body, media_type = wire.write_answer([EncodeOutput({-1: states})], MODEL, "float")
+    body, media_type = wire.write_answer([EncodeOutput({-1: states})], INFO, "float")
     data = json.loads(body)["tensors"]["0.hidden_states.-1"]["data"]
     assert data == [[1.0, None], [None, -2.5]]
     read = wire.read_answer(bytearray(body), media_type)[0].last_hidden_state
@@ -118,7 +130,7 @@ def test_numbers_that_are_not_finite_are_null_in_json():
 
 @pytest.mark.parametrize("form", ["safetensors", "base64", "float"])
 def test_a_body_cut_anywhere_is_refused(form, rng):
-    body, media_type = wire.write_answer(some_outputs(rng, inputs=2), MODEL, form)
+    body, media_type = wire.write_answer(some_outputs(rng, inputs=2), INFO, form)
     for end in {0, 1, 7, 8, 9, len(body) // 2, len(body) - 1, rng.randrange(len(body))}:
         with pytest.raises(ValueError):
             wire.read_answer(bytearray(body[:end]), media_type)
@@ -146,7 +158,7 @@ def test_what_is_no_answer_is_refused(body, media_type):
 def test_the_size_of_an_answer_is_foreseen(rng):
     hidden, layers = 64, (-1, 0)
     info = EncoderInfo(
-        model=MODEL,
+        model=INFO.model,
         architecture="T5EncoderModel",
         num_layers=2,
         hidden_size=hidden,
@@ -163,7 +175,7 @@ def test_the_size_of_an_answer_is_foreseen(rng):
     ]
     for form in ("safetensors", "base64", "float"):
         foreseen = wire.answer_bytes(inputs, info, form)
-        body, _ = wire.write_answer(outputs, MODEL, form)
+        body, _ = wire.write_answer(outputs, INFO, form)
         assert 0.7 < foreseen / len(body) < 1.3
 
 

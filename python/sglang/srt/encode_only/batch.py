@@ -9,37 +9,51 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.encode_only.forward_mode import encode_only_mode
-from sglang.srt.encode_only.request import EncodeSpec
+from sglang.srt.encode_only.packing import Segment, positions, segments
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch as StockForwardBatch
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
 
 
 @dataclasses.dataclass
 class ForwardBatch(StockForwardBatch):
-    """srt's forward batch, with what each request asks for.
+    """srt's forward batch, with the inputs that each request holds.
 
     A field and not an attribute, because srt's runners copy a batch field by field.
 
     Attributes:
-        encode_specs: an EncodeSpec a request, None for a request that wants a plain embedding.
+        encode_segments: the inputs of each request.
     """
 
-    encode_specs: list[EncodeSpec | None] | None = None
+    encode_segments: list[list[Segment]] | None = None
 
     @classmethod
     def init_new(cls, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> ForwardBatch:
         forward_batch = super().init_new(batch, *args, **kwargs)
-        forward_batch.encode_specs = [
-            EncodeSpec.from_params(req.sampling_params.custom_params) for req in batch.reqs
+        forward_batch.encode_segments = [
+            segments(req.sampling_params.custom_params, length)
+            for req, length in zip(batch.reqs, forward_batch.extend_seq_lens_cpu or (), strict=True)
         ]
+        lengths = [one.length for inputs in forward_batch.encode_segments for one in inputs]
+        if len(lengths) > len(batch.reqs):
+            # srt counts from the start of a request, an encoder from that of an input.
+            own = positions(lengths).to(forward_batch.input_ids.device, non_blocking=True)
+            forward_batch.positions = own
+            if forward_batch.mrope_positions is not None:
+                forward_batch.mrope_positions = own.expand(3, -1)
         return forward_batch
 
 
 def mark_batch(_result: None, batch: ScheduleBatch) -> None:
     """AFTER `ScheduleBatch.prepare_for_extend`: the batch is encode-only."""
     batch.forward_mode = encode_only_mode()
+
+
+def send_straight_back(original: Any, *args: Any, **kwargs: Any) -> SchedulerIpcChannels:
+    """AROUND `SchedulerIpcChannels.create`: answers go to the tokenizer, past the detokenizer."""
+    return original(*args, **{**kwargs, "skip_tokenizer_init": True})
 
 
 def allow_no_kv_pool(original: Any, *args: Any, **kwargs: Any) -> None:

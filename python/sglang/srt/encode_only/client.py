@@ -7,8 +7,10 @@ and free of input and output. Bodies are in `wire.py`, sockets in `transport.py`
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -20,6 +22,7 @@ from sglang.srt.encode_only.request import (
     EncoderInfo,
     RequestError,
 )
+from sglang.srt.encode_only.shared_memory import Memories, Memory
 from sglang.srt.encode_only.transport import AsyncTransport, Transport
 
 Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -44,10 +47,20 @@ class EncoderClient:
         base_url: such as `http://127.0.0.1:30000`.
         api_key: the server's `--api-key`, where it has one.
         timeout: seconds to wait for the next piece of an answer, the time in its queue included.
+        share_memory: whether a server on this host may write its answers into memory of this
+            process; they are sent otherwise.
     """
 
-    def __init__(self, base_url: str, *, api_key: str | None = None, timeout: float = 300.0):
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 300.0,
+        share_memory: bool = True,
+    ):
         self.base_url = base_url
+        self._memories = _memories(base_url) if share_memory else None
         self._http = httpx.Client(
             base_url=base_url,
             headers=_headers(api_key),
@@ -101,7 +114,10 @@ class EncoderClient:
         return _in_order(groups, [self._encode(request) for request, _ in groups])
 
     def close(self) -> None:
+        """Ends the connections. Answers stay valid."""
         self._http.close()
+        if self._memories is not None:
+            self._memories.close()
 
     def __enter__(self) -> EncoderClient:
         return self
@@ -115,8 +131,9 @@ class EncoderClient:
         self.close()
 
     def _encode(self, request: wire.EncodeRequest) -> list[EncodeOutput]:
-        body = wire.write_request(request)
-        return _read_outputs(self.base_url, request, *self._exchange("POST", body))
+        with _lent(self._memories, request) as (body, memory):
+            answer = self._exchange("POST", body)
+        return _read_outputs(self.base_url, request, *answer, self._memories, memory)
 
     def _exchange(self, method: str, body: bytes | None = None) -> tuple[httpx.Response, bytes]:
         with (
@@ -132,8 +149,16 @@ class AsyncEncoderClient:
     Cancelling a call closes its connection, at which the server drops the request.
     """
 
-    def __init__(self, base_url: str, *, api_key: str | None = None, timeout: float = 300.0):
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 300.0,
+        share_memory: bool = True,
+    ):
         self.base_url = base_url
+        self._memories = _memories(base_url) if share_memory else None
         self._http = httpx.AsyncClient(
             base_url=base_url,
             headers=_headers(api_key),
@@ -175,7 +200,10 @@ class AsyncEncoderClient:
         return _in_order(groups, [await self._encode(request) for request, _ in groups])
 
     async def close(self) -> None:
+        """As `EncoderClient.close`."""
         await self._http.aclose()
+        if self._memories is not None:
+            self._memories.close()
 
     async def __aenter__(self) -> AsyncEncoderClient:
         return self
@@ -189,8 +217,9 @@ class AsyncEncoderClient:
         await self.close()
 
     async def _encode(self, request: wire.EncodeRequest) -> list[EncodeOutput]:
-        body = wire.write_request(request)
-        return _read_outputs(self.base_url, request, *await self._exchange("POST", body))
+        with _lent(self._memories, request) as (body, memory):
+            answer = await self._exchange("POST", body)
+        return _read_outputs(self.base_url, request, *answer, self._memories, memory)
 
     async def _exchange(
         self, method: str, body: bytes | None = None
@@ -224,6 +253,25 @@ def _in_order(groups: list[Group], answers: list[list[EncodeOutput]]) -> list[En
     return [by_place[i] for i in range(len(by_place))]
 
 
+def _memories(base_url: str) -> Memories | None:
+    """Memory for the answers of a server on this host; None for one elsewhere."""
+    here = urlsplit(base_url).hostname in ("localhost", "127.0.0.1", "::1")
+    return Memories() if here and hasattr(os, "memfd_create") else None
+
+
+@contextlib.contextmanager
+def _lent(
+    memories: Memories | None, request: wire.EncodeRequest
+) -> Iterator[tuple[bytes, Memory | None]]:
+    """The body of a request, and the memory that it offers."""
+    if memories is None:
+        yield wire.write_request(request), None
+        return
+    with memories.lent() as memory:
+        offer = memory and memory.offer
+        yield wire.write_request(msgspec.structs.replace(request, memory=offer)), memory
+
+
 def _headers(api_key: str | None) -> dict[str, str]:
     headers = {"Accept-Encoding": "identity", "Content-Type": wire.JSON}
     return headers | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
@@ -241,7 +289,7 @@ def _unavailable(url: str) -> Iterator[None]:
         raise EncoderUnavailable(url, f"{type(error).__name__}: {error}") from error
 
 
-def _check_status(url: str, response: httpx.Response, body: bytes) -> None:
+def _check_status(url: str, response: httpx.Response, body: wire.Body) -> None:
     status = response.status_code
     if status == 200:
         return
@@ -271,8 +319,19 @@ def _read_info(url: str, response: httpx.Response, body: bytes) -> EncoderInfo:
 
 
 def _read_outputs(
-    url: str, request: wire.EncodeRequest, response: httpx.Response, body: bytes
+    url: str,
+    request: wire.EncodeRequest,
+    response: httpx.Response,
+    body: wire.Body,
+    memories: Memories | None,
+    memory: Memory | None,
 ) -> list[EncodeOutput]:
+    try:
+        if memories is not None and memory is not None:
+            size = response.headers.get(wire.IN_MEMORY)
+            body = memories.answer(memory, size and int(size)) or body
+    except ValueError as error:
+        raise EncoderUnavailable(url, f"its answer is not in memory: {error}") from error
     _check_status(url, response, body)
     media_type = response.headers.get("Content-Type", "nothing")
     if media_type != wire.SAFETENSORS:

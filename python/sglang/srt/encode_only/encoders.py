@@ -17,6 +17,9 @@ import msgspec
 from sglang.srt.encode_only.request import EncoderInfo
 from sglang.srt.environ import envs
 
+MAX_LENGTH = "encode_max_length"
+"""The key of a checkpoint's config that holds the most tokens of an input."""
+
 
 class Encoder(msgspec.Struct, frozen=True, kw_only=True):
     """An architecture that runs as an encoder.
@@ -164,13 +167,12 @@ def encoder_of(hf_config: Any) -> Encoder:
     return encoder
 
 
-def info_of(model: str, model_config: Any, max_length: int) -> EncoderInfo:
+def info_of(model: str, model_config: Any) -> EncoderInfo:
     """What an encoder is, for its callers.
 
     Args:
         model: the name under which it is served.
-        model_config: srt's ModelConfig.
-        max_length: most tokens of one input.
+        model_config: srt's ModelConfig, of arguments that `server_args.py` has resolved.
     """
     encoder = encoder_of(model_config.hf_config)
     field = encoder.pooled_size
@@ -180,7 +182,7 @@ def info_of(model: str, model_config: Any, max_length: int) -> EncoderInfo:
         num_layers=model_config.num_hidden_layers,
         hidden_size=model_config.hidden_size,
         vocab_size=model_config.vocab_size,
-        max_length=max_length,
+        max_length=getattr(model_config.hf_config, MAX_LENGTH),
         dtype=str(model_config.dtype).removeprefix("torch."),
         pooled_size=getattr(model_config.hf_text_config, field) if field else None,
         causal=encoder.causal,

@@ -7,9 +7,11 @@ of a request, the caller who leaves, and the one place where an error becomes a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import Coroutine
+from ipaddress import ip_address
 from typing import Any
 
 import msgspec
@@ -101,9 +103,9 @@ async def _answer(body: bytearray, request: Request) -> Response:
     service.check_ready()
     asked = wire.read_request(body)
     count = len(asked.rows())
-    if count > service.max_inputs:
+    if count > wire.MAX_INPUTS:
         raise RequestError(
-            f"`input` has {count} inputs, but one request takes at most {service.max_inputs}; "
+            f"`input` has {count} inputs, but one request takes at most {wire.MAX_INPUTS}; "
             "send several.",
             status=413,
             param="input",
@@ -117,9 +119,21 @@ async def _answer(body: bytearray, request: Request) -> Response:
             f"{wire.MAX_ANSWER_BYTES >> 20} MiB are sent; ask for fewer inputs or layers.",
             status=413,
         )
+    offer = asked.memory
+    if offer and asked.encoding_format == "safetensors" and _is_here(request) and offer.is_open():
+        size = await service.run_into(offer, inputs, truncated, request)
+        headers = {wire.IN_MEMORY: str(size)}
+        return Response(b"", media_type=wire.SAFETENSORS, headers=headers)
     outputs = await service.run(inputs, truncated, request)
-    content, media_type = wire.write_answer(outputs, info.model, asked.encoding_format)
+    content, media_type = wire.write_answer(outputs, info, asked.encoding_format)
     return Response(content, media_type=media_type)
+
+
+def _is_here(request: Request) -> bool:
+    """Whether the caller is on this host, as far as its address tells."""
+    with contextlib.suppress(ValueError):
+        return request.client is not None and ip_address(request.client.host).is_loopback
+    return False
 
 
 def _service() -> EncodeService:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,8 +22,9 @@ from sglang.srt.encode_only.batch import ForwardBatch
 from sglang.srt.encode_only.encoders import encoder_of, info_of, registered
 from sglang.srt.encode_only.forward_mode import encode_only_mode
 from sglang.srt.encode_only.outputs import unpack
+from sglang.srt.encode_only.packing import Segment, positions, split, token_ids
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, RequestError
-from sglang.srt.encode_only.server_args import ServerArgs, max_length_of
+from sglang.srt.encode_only.server_args import ServerArgs
 from sglang.srt.layers.attention.encode_only.sdpa import create_encode_only_backend
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.model_loader import get_model
@@ -94,8 +95,7 @@ class InProcessEncoder:
                         device_config=DeviceConfig(self.device.type, gpu_id),
                     )
                 self._attention: Any = create_encode_only_backend(self)
-        max_length = max_length_of(self.model_config.context_len)
-        self.info = info_of(model_path, self.model_config, max_length)
+        self.info = info_of(model_path, self.model_config)
 
     def encode(self, inputs: Sequence[EncodeInput]) -> list[EncodeOutput]:
         """The answer for each input, in their order, with tensors on the encoder's device.
@@ -111,7 +111,7 @@ class InProcessEncoder:
                 raise RequestError(f"Input {i}: {error}", param=error.param) from None
         outputs: list[EncodeOutput] = []
         with _ONE_AT_A_TIME, use_context(self._context), torch.no_grad():
-            for batch in self._batches(inputs):
+            for batch in split(inputs, self.max_tokens):
                 outputs += self._run(batch)
         return outputs
 
@@ -122,19 +122,6 @@ class InProcessEncoder:
             # srt's parameters and layers refer to one another.
             gc.collect()
 
-    def _batches(self, inputs: Sequence[EncodeInput]) -> Iterator[list[EncodeInput]]:
-        """Splits `inputs`, in order, by the token budget."""
-        batch: list[EncodeInput] = []
-        tokens = 0
-        for one in inputs:
-            tokens += len(one.token_ids)
-            if batch and tokens > self.max_tokens:
-                yield batch
-                batch, tokens = [], len(one.token_ids)
-            batch.append(one)
-        if batch:
-            yield batch
-
     def _run(self, batch: list[EncodeInput]) -> list[EncodeOutput]:
         if self._model is None or self._attention is None:
             raise ValueError(f"The encoder of {self.info.model} is closed.")
@@ -144,35 +131,31 @@ class InProcessEncoder:
             states = self._model(
                 packed.input_ids, packed.positions, packed, get_embedding=True
             ).pooled_hidden_states
-        outputs = []
-        for one, flat in zip(batch, states, strict=True):
-            length = len(one.token_ids)
-            hidden_states, pooled = unpack(flat, one.spec, length, self.info.hidden_size)
-            outputs.append(EncodeOutput(hidden_states, pooled, prompt_tokens=length))
-        return outputs
+        return unpack(states[0], batch, self.info)
 
 
 def pack(batch: Sequence[EncodeInput], device: torch.device) -> ForwardBatch:
-    """The inputs end to end, as srt's scheduler would hand them to a model runner."""
+    """The inputs as one request, as srt's scheduler would hand it to a model runner."""
+    ids = token_ids(batch)
     lengths = [len(one.token_ids) for one in batch]
-    tokens = sum(lengths)
-    seq_lens = torch.tensor(lengths, device=device)
+    tokens = len(ids)
+    seq_lens = torch.tensor([tokens], device=device)
     zeros = torch.zeros_like(seq_lens)
     return ForwardBatch(
         forward_mode=encode_only_mode(),
-        batch_size=len(batch),
-        input_ids=torch.tensor([i for one in batch for i in one.token_ids], device=device),
+        batch_size=1,
+        input_ids=torch.tensor(ids, device=device),
         req_pool_indices=zeros,
         seq_lens=seq_lens,
         seq_lens_sum=tokens,
         # No KV cache is read or written, so that any slot will do.
         out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=device),
-        positions=torch.cat([torch.arange(n, device=device) for n in lengths]),
+        positions=positions(lengths).to(device),
         extend_num_tokens=tokens,
         extend_seq_lens=seq_lens.int(),
-        extend_seq_lens_cpu=lengths,
+        extend_seq_lens_cpu=[tokens],
         extend_prefix_lens=zeros.int(),
-        extend_prefix_lens_cpu=[0] * len(batch),
-        extend_start_loc=(seq_lens.cumsum(0) - seq_lens).int(),
-        encode_specs=[one.spec for one in batch],
+        extend_prefix_lens_cpu=[0],
+        extend_start_loc=zeros.int(),
+        encode_segments=[[Segment(len(one.token_ids), one.spec) for one in batch]],
     )

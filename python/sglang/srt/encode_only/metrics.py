@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.encode_only.forward_mode import NAME
+from sglang.srt.encode_only.packing import num_inputs
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -78,15 +79,19 @@ def _counters(labels: tuple[str, ...]) -> tuple[Any, Any, Any]:
 
 
 def count_batch(
-    _result: None,
     reporter: SchedulerMetricsReporter,
     batch: ScheduleBatch | None,
     prefill_stats: PrefillStats,
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """AFTER `SchedulerMetricsReporter.report_prefill_stats`."""
-    if not reporter.current_scheduler_metrics_enabled or batch is None:
+    """BEFORE `SchedulerMetricsReporter.report_prefill_stats`: inputs are counted, not requests."""
+    if batch is None:
+        return
+    prefill_stats.num_new_seqs = sum(
+        num_inputs(req.sampling_params.custom_params) for req in batch.reqs
+    )
+    if not reporter.current_scheduler_metrics_enabled:
         return
     labels = reporter.metrics_collector.labels
     batches, sequences, tokens = (

@@ -2,21 +2,32 @@
 
 A model offers each hidden state to a `LayerCapture`; what some request of the batch asked for is
 kept. Each request's rows travel to the tokenizer process as one flat tensor, `[values]` in the
-model's dtype: its layers one after another, then its pooled vector. It fits srt's existing
+model's dtype: for each of its inputs the layers one after another, then the pooled vector. It fits
+srt's existing
 `pooled_hidden_states`, and no tensor becomes a Python list.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sglang.srt.encode_only.request import LAST_HIDDEN_STATE, EncodeSpec
+from sglang.srt.encode_only.packing import Segment, place_of, segments_of
+from sglang.srt.encode_only.request import (
+    LAST_HIDDEN_STATE,
+    EncodeInput,
+    EncodeOutput,
+    EncoderInfo,
+)
+from sglang.srt.encode_only.wire import raw
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
@@ -32,6 +43,9 @@ class Rows(torch.Tensor):
 
 
 def _rows(values: np.ndarray, dtype: torch.dtype) -> Rows:
+    if not values.size:
+        # srt stacks what several requests have of one shape, and no bytes can be viewed so.
+        return torch.empty(values.shape, dtype=dtype).as_subclass(Rows)
     return torch.from_numpy(values).view(dtype).as_subclass(Rows)
 
 
@@ -46,15 +60,15 @@ class LayerCapture:
     """Keeps the hidden states that the requests of one batch asked for.
 
     Args:
-        forward_batch: of packed sequences; its `encode_specs` has an EncodeSpec a request, or None
-            for a request that wants a plain embedding (`/v1/embeddings`, health checks).
+        forward_batch: of packed sequences, the inputs of its requests.
         num_layers: number of blocks, L.
     """
 
     def __init__(self, forward_batch: ForwardBatch, num_layers: int):
-        self.lengths: list[int] = list(forward_batch.extend_seq_lens_cpu)
-        specs = getattr(forward_batch, "encode_specs", None)
-        self.specs: Sequence[EncodeSpec | None] = specs or [None] * len(self.lengths)
+        self.requests = segments_of(forward_batch)
+        inputs = [one for request in self.requests for one in request]
+        self.lengths = [one.length for one in inputs]
+        self.specs = [one.spec for one in inputs]
         self.num_layers = num_layers
         self.wanted = {
             tuple_index(layer, num_layers)
@@ -97,49 +111,90 @@ class LayerCapture:
         """What srt takes from a model's forward pass.
 
         Args:
-            pooled: `[requests, pooled_size]`, for models that have a pooled vector.
-            embeddings: `[requests, dim]`, for requests that want a plain embedding; the mean of
+            pooled: `[inputs, pooled_size]`, for models that have a pooled vector.
+            embeddings: `[inputs, dim]`, for requests that want a plain embedding; the mean of
                 `last_hidden_state` over tokens where it is not given.
         """
-        flat, plain = [], []
-        start = 0
-        for i, (spec, length) in enumerate(zip(self.specs, self.lengths, strict=True)):
-            rows = slice(start, start + length)
-            start += length
-            if spec is None:
-                flat.append(None)
+        flat: list[torch.Tensor] = []
+        plain: list[torch.Tensor] = []
+        index = start = 0
+        for request in self.requests:
+            stop = start + sum(one.length for one in request)
+            if request[0].spec is None:
                 plain.append(
-                    embeddings[i]
+                    embeddings[index]
                     if embeddings is not None
-                    else self.states[LAST_HIDDEN_STATE][rows].float().mean(dim=0)
+                    else self.states[LAST_HIDDEN_STATE][start:stop].float().mean(dim=0)
                 )
-                continue
-            # srt turns every embedding into a Python list; an empty one costs nothing.
-            parts = [
-                self.states[tuple_index(layer, self.num_layers)][rows][spec.skip :].flatten()
-                for layer in spec.layers
-            ]
+                # It ignores this one, but srt copies every entry to the host.
+                flat.append(plain[-1][:0])
+            else:
+                flat.append(self._values(request, start, pooled, index))
+                # srt turns every embedding into a Python list; an empty one costs nothing.
+                plain.append(flat[-1][:0])
+            index += len(request)
+            start = stop
+        if all(spec is None for spec in self.specs):
+            return EmbeddingPoolerOutput(embeddings=plain)
+        return EmbeddingPoolerOutput(
+            embeddings=plain, pooled_hidden_states=[values.as_subclass(Rows) for values in flat]
+        )
+
+    def _values(
+        self, request: Sequence[Segment], start: int, pooled: torch.Tensor | None, index: int
+    ) -> torch.Tensor:
+        """`[values]` of a request, whose first token is at `start` and whose first input at `index`
+        of the batch."""
+        specs = [one.spec for one in request if one.spec is not None]
+        alike = {(spec.layers, spec.pooled, spec.skip) for spec in specs}
+        if len(alike) == 1 and len(specs[0].layers) == 1 and not (specs[0].pooled or specs[0].skip):
+            # What is asked lies together already.
+            stop = start + sum(one.length for one in request)
+            return self._state(specs[0].layers[0])[start:stop].flatten()
+        parts = []
+        for i, (one, spec) in enumerate(zip(request, specs, strict=True), start=index):
+            rows = slice(start + spec.skip, start + one.length)
+            parts += [self._state(layer)[rows].flatten() for layer in spec.layers]
             if spec.pooled:
                 assert pooled is not None, "`pooled` of a model that has none. This is a bug."
                 parts.append(pooled[i])
-            flat.append(parts[0] if len(parts) == 1 else torch.cat(parts))
-            plain.append(flat[-1][:0])
-        if all(f is None for f in flat):
-            return EmbeddingPoolerOutput(embeddings=plain)
-        # A request without a spec ignores its entry, but srt copies every entry to the host.
-        filled = [(plain[i][:0] if f is None else f).as_subclass(Rows) for i, f in enumerate(flat)]
-        return EmbeddingPoolerOutput(embeddings=plain, pooled_hidden_states=filled)
+            start += one.length
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _state(self, layer: int) -> torch.Tensor:
+        return self.states[tuple_index(layer, self.num_layers)]
+
+
+def hand_over(self: SchedulerOutputStreamer, reqs: list[Req]) -> None:
+    """BEFORE `SchedulerOutputStreamer._stream_output_embedding`: writes into callers' memory.
+
+    What is written no longer travels; an empty tensor stands for it.
+    """
+    if self.send_to_detokenizer.socket is None:
+        return
+    for req in reqs:
+        values = req.pooled_hidden_state
+        place = None if values is None else place_of(req.sampling_params.custom_params)
+        if place is not None and place.write(raw(values)):
+            req.pooled_hidden_state = values[:0]
 
 
 def unpack(
-    flat: torch.Tensor, spec: EncodeSpec, num_tokens: int, hidden_size: int
-) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
-    """The inverse of `LayerCapture.finish` for one request: views of `flat`, and pooled."""
+    flat: torch.Tensor, inputs: Sequence[EncodeInput], info: EncoderInfo
+) -> list[EncodeOutput]:
+    """The inverse of `LayerCapture.finish` for one request of `inputs`: views of `flat`."""
     flat = flat.as_subclass(torch.Tensor)
-    rows = num_tokens - spec.skip
-    size = rows * hidden_size
-    states = {
-        layer: flat[i * size : (i + 1) * size].view(rows, hidden_size)
-        for i, layer in enumerate(spec.layers)
-    }
-    return states, flat[len(spec.layers) * size :] if spec.pooled else None
+    outputs = []
+    start = 0
+
+    def take(*shape: int) -> torch.Tensor:
+        nonlocal start
+        start += math.prod(shape)
+        return flat[start - math.prod(shape) : start].view(shape)
+
+    for one in inputs:
+        spec, tokens = one.spec, len(one.token_ids)
+        states = {layer: take(tokens - spec.skip, info.hidden_size) for layer in spec.layers}
+        pooled = take(info.pooled_size or 0) if spec.pooled else None
+        outputs.append(EncodeOutput(states, pooled, prompt_tokens=tokens))
+    return outputs

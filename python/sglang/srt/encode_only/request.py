@@ -8,8 +8,7 @@ neither a model nor an engine. Bodies on the wire are in `wire.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import msgspec
 import torch
@@ -80,27 +79,6 @@ class EncodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     pooled: bool = False
     attend: int | None = None
     skip: int = 0
-
-    def to_params(self) -> dict[str, Any]:
-        """This spec as srt's `SamplingParams.custom_params`, which reach the scheduler unread."""
-        return {
-            "encode_layers": list(self.layers),
-            "encode_pooled": self.pooled,
-            "encode_attend": self.attend,
-            "encode_skip": self.skip,
-        }
-
-    @classmethod
-    def from_params(cls, params: Mapping[str, Any] | None) -> EncodeSpec | None:
-        """The inverse of `to_params`; None for a request that asked for a plain embedding."""
-        if not params or "encode_layers" not in params:
-            return None
-        return cls(
-            layers=tuple(params["encode_layers"]),
-            pooled=params["encode_pooled"],
-            attend=params["encode_attend"],
-            skip=params["encode_skip"],
-        )
 
     def check(self, info: EncoderInfo, num_tokens: int) -> None:
         """Raises RequestError where this spec asks `num_tokens` tokens for what is not there."""
@@ -179,6 +157,7 @@ class EncodeOutput:
         prompt_tokens: tokens of the input.
         cached_tokens: how many of them were answered from a cache.
         truncated: whether the text was cut to `max_length`.
+        encoder: what a server says that it is; None in the process itself.
     """
 
     hidden_states: dict[int, torch.Tensor]
@@ -186,6 +165,7 @@ class EncodeOutput:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     truncated: bool = False
+    encoder: EncoderInfo | None = None
 
     @property
     def last_hidden_state(self) -> torch.Tensor:

@@ -122,8 +122,9 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         kind="replace",
         hook="sglang.srt.encode_only.batch:ForwardBatch",
         process="scheduler",
-        reason="The model needs to know which layers, the attention which keys, each request asks.",
-        upstream="a field `encode_specs` of ForwardBatch, filled from `batch.reqs`",
+        reason="The model needs to know which inputs a request holds and which layers each asks "
+        "for, the attention where they end and which keys they have.",
+        upstream="a field `encode_segments` of ForwardBatch, filled from `batch.reqs`",
     ),
     Seam(
         target="sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
@@ -164,7 +165,7 @@ ENCODE_ONLY: tuple[Seam, ...] = (
     Seam(
         target="sglang.srt.managers.scheduler_components.metrics_reporter"
         ":SchedulerMetricsReporter.report_prefill_stats",
-        kind="after",
+        kind="before",
         hook="sglang.srt.encode_only.metrics:count_batch",
         parameters=(
             "self",
@@ -174,17 +175,44 @@ ENCODE_ONLY: tuple[Seam, ...] = (
             "dp_cooperation_info",
         ),
         process="scheduler",
-        reason="Encode-only batches have metrics of their own.",
+        reason="Encode-only batches have metrics of their own, and their requests many inputs.",
         upstream="label the batch counters with the forward mode",
     ),
     Seam(
-        target="sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
+        target="sglang.srt.managers.scheduler_components.ipc_channels:SchedulerIpcChannels.create",
+        kind="around",
+        hook="sglang.srt.encode_only.batch:send_straight_back",
+        parameters=(
+            "cls",
+            "port_args",
+            "is_rank_zero",
+            "skip_tokenizer_init",
+            "metrics_enabled",
+            "enable_scripted_runtime",
+        ),
+        process="scheduler",
+        reason="There is no text to detokenize; a process less for megabytes of hidden states.",
+        upstream="`skip_tokenizer_init or is_embedding` where the scheduler makes its channels",
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler_components.output_streamer"
+        ":SchedulerOutputStreamer._stream_output_embedding",
         kind="before",
-        hook="sglang.srt.encode_only.service:refuse_what_no_encoder_does",
+        hook="sglang.srt.encode_only.outputs:hand_over",
+        parameters=("self", "reqs"),
+        process="scheduler",
+        reason="Hidden states go straight into the memory of a caller on the same host.",
+        upstream="the same call at the head of the method",
+    ),
+    Seam(
+        target="sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
+        kind="around",
+        hook="sglang.srt.encode_only.service:validate",
         parameters=("self", "obj", "input_ids"),
         process="server",
         reason="A generate request ends a server that has an embedding model; pictures beside a "
-        "text are dropped in silence by one without a vision tower.",
+        "text are dropped in silence by one without a vision tower; the length of an input is "
+        "limited, not that of a request that holds several.",
         upstream="the same check, in the same place",
     ),
     Seam(

@@ -16,7 +16,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A
 from sglang.srt.arg_groups.choices import add_attention_backend_choices
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-from sglang.srt.encode_only.encoders import Encoder, encoder_of, find_encoder
+from sglang.srt.encode_only.encoders import MAX_LENGTH, Encoder, encoder_of, find_encoder
 from sglang.srt.environ import envs
 from sglang.srt.server_args import ServerArgs as StockServerArgs
 from sglang.srt.utils.hf_transformers_utils import get_config, get_hf_text_config
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 ATTENTION_BACKEND = "encode_only"
 
 RESERVED_TOKENS = 7
-"""Tokens of srt's context length that an input cannot use: srt keeps them for generated ones."""
+"""Tokens of srt's context length that a request cannot use: srt keeps them for generated ones."""
 
 DEFAULT_MAX_LENGTH = 2048
 """Most tokens of an input where neither model nor user says; srt's own default."""
@@ -53,11 +53,6 @@ class ServerArgs(StockServerArgs):  # type: ignore[misc, valid-type]
             from sglang.srt.encode_only.plugin import enter_encode_only
 
             enter_encode_only(_hf_config_of(self))
-
-
-def max_length_of(context_len: int) -> int:
-    """Most tokens of one input, from the context length srt was given."""
-    return context_len - RESERVED_TOKENS
 
 
 # What a user may have set that encode-only mode cannot honour: the field, its neutral values, why.
@@ -123,13 +118,15 @@ def _resolve_encode_only(server_args: Any) -> None:
         )
     if length < 1:
         raise ValueError(f"--context-length is {length}; give at least 1.")
-    overrides = json.loads(cfg.json_model_override_args)
+    # Of a request, into which inputs are packed.
+    packed_length = max(length, cfg.max_prefill_tokens) + RESERVED_TOKENS
+    overrides = json.loads(cfg.json_model_override_args) | {MAX_LENGTH: length}
     if encoder.decoder or text_config is not hf_config:
         # With what it reserves, srt's length can be beyond the positions; an input's is not.
         envs.SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN.set(True)
     else:
         # The key that srt reads first for a model's length; the model itself does not read it.
-        overrides["max_sequence_length"] = length + RESERVED_TOKENS
+        overrides["max_sequence_length"] = packed_length
 
     dtype = cfg.dtype
     if dtype == "auto":
@@ -141,7 +138,7 @@ def _resolve_encode_only(server_args: Any) -> None:
         "encode_only",
         is_embedding=True,
         dtype=dtype,
-        context_length=length + RESERVED_TOKENS,
+        context_length=packed_length,
         json_model_override_args=json.dumps(overrides),
         chunked_prefill_size=-1,
         # A prefix is reused by its KV cache, which there is none of.

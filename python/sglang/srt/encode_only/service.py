@@ -10,12 +10,16 @@ import asyncio
 import contextlib
 import copy
 import functools
+import itertools
+import math
 import threading
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
 import fastapi
+import torch
+from sglang.srt.encode_only import packing, wire
 from sglang.srt.encode_only.encoders import info_of
 from sglang.srt.encode_only.outputs import unpack
 from sglang.srt.encode_only.request import (
@@ -24,8 +28,8 @@ from sglang.srt.encode_only.request import (
     EncoderInfo,
     RequestError,
 )
-from sglang.srt.encode_only.server_args import max_length_of
-from sglang.srt.encode_only.wire import MAX_INPUTS, ROUTE, EncodeRequest
+from sglang.srt.encode_only.shared_memory import Offer
+from sglang.srt.encode_only.wire import ROUTE, EncodeRequest
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 from sglang.srt.runtime_context import get_schedule
@@ -49,16 +53,7 @@ class EncodeService:
 
     @property
     def info(self) -> EncoderInfo:
-        return info_of(
-            self._manager.served_model_name,
-            self._manager.model_config,
-            max_length_of(self._manager.context_len),
-        )
-
-    @property
-    def max_inputs(self) -> int:
-        """Most inputs of one request: they enter the scheduler's queue together or not at all."""
-        return min(MAX_INPUTS, get_schedule().max_queued_requests or MAX_INPUTS)
+        return info_of(self._manager.served_model_name, self._manager.model_config)
 
     def check_ready(self) -> None:
         """Raises RequestError (503) where a request would wait for nothing."""
@@ -124,9 +119,63 @@ class EncodeService:
         Args:
             raw_request: whose headers tracing and the request log take, and whose caller may leave.
         """
+        parts = self._parts(inputs)
+        answers = await self._submit(parts, [None] * len(parts), raw_request)
+        info = self.info
+        outputs = [
+            output
+            for values, part in zip(answers, parts, strict=True)
+            for output in unpack(values, part, info)
+        ]
+        for output, cut in zip(outputs, truncated, strict=True):
+            output.truncated = cut
+        return outputs
+
+    async def run_into(
+        self,
+        offer: Offer,
+        inputs: Sequence[EncodeInput],
+        truncated: Sequence[bool],
+        raw_request: fastapi.Request | None = None,
+    ) -> int:
+        """As `run`, with the safetensors body of the answer written into the caller's memory.
+
+        Returns:
+            Its size in bytes.
+
+        Raises:
+            RequestError: also where that memory is gone.
+        """
+        info = self.info
+        parts = self._parts(inputs)
+        head = wire.answer_head(inputs, truncated, info)
+        ends = [*itertools.accumulate((_bytes(part, info) for part in parts), initial=len(head))]
+        places = [packing.Place(offer, start) for start in ends[:-1]]
+        answers = await self._submit(parts, places, raw_request)
+        written = packing.Place(offer, 0).write(memoryview(head))
+        for values, place in zip(answers, places, strict=True):
+            # What the scheduler has written comes back empty; it may be where it cannot.
+            written = written and (not values.numel() or place.write(wire.raw(values)))
+        if not written:
+            raise RequestError("The memory that was offered for the answer is gone.", status=503)
+        return ends[-1]
+
+    async def _submit(
+        self,
+        parts: list[list[EncodeInput]],
+        places: Sequence[packing.Place | None],
+        raw_request: fastapi.Request | None,
+    ) -> list[torch.Tensor]:
+        """The values of each part; none where they are in their place."""
+        ids = [packing.token_ids(part) for part in parts]
+        params = [
+            {"custom_params": packing.Packed.of(part, place)}
+            for part, place in zip(parts, places, strict=True)
+        ]
+        alone = len(parts) == 1
         batch = EmbeddingReqInput(
-            input_ids=[list(one.token_ids) for one in inputs],
-            sampling_params=[{"custom_params": one.spec.to_params()} for one in inputs],
+            input_ids=ids[0] if alone else ids,
+            sampling_params=params[0] if alone else params,
             return_pooled_hidden_states=True,
         )
         answers = self._manager.generate_request(batch, raw_request)
@@ -139,23 +188,25 @@ class EncodeService:
             raise RequestError(str(error.detail), status=status) from error
         except ValueError as error:
             raise RequestError(str(error)) from error
-        hidden_size = self._manager.model_config.hidden_size
-        return [
-            self._output(out, one, cut, hidden_size)
-            for out, one, cut in zip(outs, inputs, truncated, strict=True)
-        ]
+        return [_values(out) for out in ([outs] if alone else outs)]
 
-    def _output(
-        self, out: dict[str, Any], one: EncodeInput, cut: bool, hidden_size: int
-    ) -> EncodeOutput:
-        facts = out["meta_info"]
-        flat = out.get("pooled_hidden_state")
-        if flat is None:
-            reason = facts["finish_reason"].get("message", "no hidden states came back")
-            raise RequestError(f"The server gave the request up: {reason}", status=503)
-        tokens = len(one.token_ids)
-        states, pooled = unpack(flat, one.spec, tokens, hidden_size)
-        return EncodeOutput(states, pooled, tokens, facts.get("cached_tokens", 0), cut)
+    def _parts(self, inputs: Sequence[EncodeInput]) -> list[list[EncodeInput]]:
+        """The inputs by the requests in which they travel, at least one a data-parallel rank."""
+        schedule = get_schedule()
+        tokens = sum(len(one.token_ids) for one in inputs)
+        ranks = self._manager.server_args.dp_size
+        parts = list(
+            packing.split(inputs, min(schedule.max_prefill_tokens, math.ceil(tokens / ranks)))
+        )
+        # They enter the scheduler's queue together or not at all.
+        if schedule.max_queued_requests and len(parts) > schedule.max_queued_requests:
+            raise RequestError(
+                f"The inputs have {tokens} tokens, which is {len(parts)} batches, but the server "
+                f"queues at most {schedule.max_queued_requests}; send several requests.",
+                status=413,
+                param="input",
+            )
+        return parts
 
     def _tokenize(
         self, texts: list[str], limit: int, truncate: bool
@@ -189,19 +240,50 @@ def service_of(tokenizer_manager: TokenizerManager) -> EncodeService:
     return EncodeService(tokenizer_manager)
 
 
-def refuse_what_no_encoder_does(
-    self: TokenizerManager, obj: GenerateReqInput | EmbeddingReqInput, input_ids: Any
+def _bytes(inputs: Sequence[EncodeInput], info: EncoderInfo) -> int:
+    """How large the values are that are asked of `inputs`."""
+    return wire.answer_values(inputs, info) * info.torch_dtype.itemsize
+
+
+def _values(out: dict[str, Any]) -> torch.Tensor:
+    """The hidden states in the answer to one of srt's requests."""
+    flat = out.get("pooled_hidden_state")
+    if flat is None:
+        reason = out["meta_info"]["finish_reason"].get("message", "no hidden states came back")
+        raise RequestError(f"The server gave the request up: {reason}", status=503)
+    return flat
+
+
+def validate(
+    original: Any,
+    self: TokenizerManager,
+    obj: GenerateReqInput | EmbeddingReqInput,
+    input_ids: Any,
 ) -> None:
-    """BEFORE `TokenizerManager._validate_one_request`: what an encoder cannot do.
+    """AROUND `TokenizerManager._validate_one_request`.
 
     Raises:
         ValueError: for a generate request, which would end the scheduler, and for one with
-            pictures, sounds or films, which would be answered without them.
+            pictures, sounds or films, which would be answered without them; for parameters that
+            only EncodeService gives; for an input that is too long.
     """
     if isinstance(obj, GenerateReqInput):
         raise ValueError(no_generation(self.served_model_name))
     if any((obj.image_data, obj.video_data, obj.audio_data)):
         raise ValueError(f"{self.served_model_name} is a text encoder; give it texts alone.")
+    custom = (obj.sampling_params or {}).get("custom_params")
+    if isinstance(custom, packing.Packed):
+        return  # Checked, input by input.
+    if custom is not None:
+        raise ValueError(f"`custom_params` are not taken; POST {ROUTE} has what an encoder does.")
+    limit = info_of(self.served_model_name, self.model_config).max_length
+    if len(input_ids) > limit:
+        if not self.allow_auto_truncate:
+            raise ValueError(
+                f"The input has {len(input_ids)} tokens, but at most {limit} are taken; shorten it."
+            )
+        del input_ids[limit:]
+    original(self, obj, input_ids)
 
 
 def no_generation(model: str) -> str:

@@ -197,6 +197,8 @@ def _body_of(answer: http.client.HTTPResponse) -> bytearray:
                 f"the connection ended after {len(body) - len(unread)} of {len(body)} bytes"
             )
         unread = unread[count:]
+    # http.client does so only when it reads the last byte, of which there may be none.
+    answer.close()
     return body
 
 

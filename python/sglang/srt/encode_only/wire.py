@@ -8,6 +8,7 @@ and `client.py`. A safetensors answer is put together here, because the library'
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -24,11 +25,16 @@ from sglang.srt.encode_only.request import (
     EncodeSpec,
     RequestError,
 )
+from sglang.srt.encode_only.shared_memory import Offer
 
 ROUTE = "/v1/encode"
 
 SAFETENSORS = "application/x-safetensors"
 JSON = "application/json"
+
+IN_MEMORY = "X-Encode-Memory-Bytes"
+"""The header of an answer whose body, of so many bytes, is in the memory that the caller offered.
+"""
 
 MAX_BODY_BYTES = 16 << 20
 """The largest body of a request."""
@@ -37,6 +43,7 @@ MAX_INPUTS = 2048
 MAX_ANSWER_BYTES = 1 << 30
 """The largest body of an answer."""
 
+Body = bytes | bytearray | memoryview
 Format = Literal["safetensors", "base64", "float"]
 
 _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -59,6 +66,7 @@ class EncodeRequest(
         max_length: most tokens of an input; None is the model's limit.
         truncate: whether to cut a longer text; it is refused otherwise.
         encoding_format: of the answer's tensors.
+        memory: of the caller, into which a server on the same host may write a safetensors answer.
     """
 
     input: str | list[str | int | list[int]]
@@ -69,6 +77,7 @@ class EncodeRequest(
     max_length: int | None = None
     truncate: bool = False
     encoding_format: Format = "safetensors"
+    memory: Offer | None = None
 
     def rows(self) -> list[str] | list[list[int]]:
         """`input` as a list of texts or of token ids; RequestError where it is neither."""
@@ -163,43 +172,71 @@ def _misunderstood(error: msgspec.ValidationError) -> RequestError:
     )
 
 
-def answer_bytes(inputs: Sequence[EncodeInput], info: EncoderInfo, form: Format) -> int:
-    """About how large the body of an answer will be, from what is asked alone."""
-    values = sum(
+def answer_values(inputs: Sequence[EncodeInput], info: EncoderInfo) -> int:
+    """How many numbers are asked for."""
+    return sum(
         (len(one.token_ids) - one.spec.skip) * info.hidden_size * len(one.spec.layers)
         + (info.pooled_size or 0) * one.spec.pooled
         for one in inputs
     )
+
+
+def answer_bytes(inputs: Sequence[EncodeInput], info: EncoderInfo, form: Format) -> int:
+    """About how large the body of an answer will be, from what is asked alone."""
+    values = answer_values(inputs, info)
     if form == "float":
         return values * 12
     size = values * info.torch_dtype.itemsize
     return size * 4 // 3 if form == "base64" else size
 
 
-def write_answer(outputs: Sequence[EncodeOutput], model: str, form: Format) -> tuple[bytes, str]:
+def write_answer(
+    outputs: Sequence[EncodeOutput], info: EncoderInfo, form: Format
+) -> tuple[bytes, str]:
     """The body of an answer and its content type."""
-    facts = {
-        "model": model,
-        "prompt_tokens": [output.prompt_tokens for output in outputs],
-        "cached_tokens": [output.cached_tokens for output in outputs],
-        "truncated": [output.truncated for output in outputs],
-    }
+    facts = _facts(outputs, info)
     tensors = {
-        name: states.contiguous()
-        for i, output in enumerate(outputs)
-        for name, states in _named(i, output)
+        name: states for i, output in enumerate(outputs) for name, states in _named(i, output)
     }
     if form == "safetensors":
-        return _write_safetensors(tensors, facts), SAFETENSORS
+        head = _safetensors_head({name: (t.dtype, t.shape) for name, t in tensors.items()}, facts)
+        return b"".join([head, *map(raw, tensors.values())]), SAFETENSORS
     write = _base64 if form == "base64" else _floats
     described = {
-        name: {"dtype": _dtype_name(t), "shape": list(t.shape), "data": write(t)}
+        name: {"dtype": _dtype_name(t.dtype), "shape": list(t.shape), "data": write(t)}
         for name, t in tensors.items()
     }
     return orjson.dumps({**facts, "tensors": described}, option=orjson.OPT_SERIALIZE_NUMPY), JSON
 
 
-def read_answer(body: bytes | bytearray, content_type: str) -> list[EncodeOutput]:
+def answer_head(
+    inputs: Sequence[EncodeInput], truncated: Sequence[bool], info: EncoderInfo
+) -> bytes:
+    """With what the safetensors body of an answer begins; the inputs' values follow, in order."""
+    outputs = []
+    shapes: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    for i, (one, cut) in enumerate(zip(inputs, truncated, strict=True)):
+        tokens = len(one.token_ids)
+        outputs.append(EncodeOutput({}, prompt_tokens=tokens, truncated=cut))
+        for layer in one.spec.layers:
+            shape = (tokens - one.spec.skip, info.hidden_size)
+            shapes[f"{i}.hidden_states.{layer}"] = info.torch_dtype, shape
+        if one.spec.pooled:
+            shapes[f"{i}.pooled"] = info.torch_dtype, (info.pooled_size or 0,)
+    return _safetensors_head(shapes, _facts(outputs, info))
+
+
+def _facts(outputs: Sequence[EncodeOutput], info: EncoderInfo) -> dict[str, Any]:
+    return {
+        "model": info.model,
+        "encoder": msgspec.to_builtins(info),
+        "prompt_tokens": [output.prompt_tokens for output in outputs],
+        "cached_tokens": [output.cached_tokens for output in outputs],
+        "truncated": [output.truncated for output in outputs],
+    }
+
+
+def read_answer(body: Body, content_type: str) -> list[EncodeOutput]:
     """The answer for each input. Tensors of a safetensors body are views of `body`.
 
     Raises:
@@ -208,8 +245,9 @@ def read_answer(body: bytes | bytearray, content_type: str) -> list[EncodeOutput
     try:
         read = _read_safetensors if content_type == SAFETENSORS else _read_json
         tensors, facts = read(body)
+        info = msgspec.convert(facts["encoder"], EncoderInfo)
         outputs = [
-            EncodeOutput({}, None, prompt, cached, truncated)
+            EncodeOutput({}, None, prompt, cached, truncated, info)
             for prompt, cached, truncated in zip(
                 facts["prompt_tokens"], facts["cached_tokens"], facts["truncated"], strict=True
             )
@@ -232,34 +270,38 @@ def _named(index: int, output: EncodeOutput) -> Iterator[tuple[str, torch.Tensor
         yield f"{index}.pooled", output.pooled
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data
+def raw(tensor: torch.Tensor) -> memoryview:
+    """Its bytes; a copy unless it is contiguous and on the host."""
+    plain = tensor.as_subclass(torch.Tensor).cpu().contiguous()
+    return plain.view(torch.uint8).numpy().data
 
 
-def _write_safetensors(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> bytes:
+def _safetensors_head(
+    shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]], facts: Mapping[str, Any]
+) -> bytes:
     """The format of https://huggingface.co/docs/safetensors, metadata values being JSON."""
     header: dict[str, Any] = {
         "__metadata__": {key: orjson.dumps(value).decode() for key, value in facts.items()}
     }
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
+    for name, (dtype, shape) in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _SAFETENSORS_NAMES[_dtype_name(tensor)],
-            "shape": list(tensor.shape),
+            "dtype": _SAFETENSORS_NAMES[_dtype_name(dtype)],
+            "shape": list(shape),
             "data_offsets": [start, end],
         }
     head = orjson.dumps(header)
     head += b" " * (-len(head) % 8)
-    return b"".join([len(head).to_bytes(8, "little"), head, *map(_raw, tensors.values())])
+    return len(head).to_bytes(8, "little") + head
 
 
 def _read_safetensors(
-    body: bytes | bytearray,
+    body: Body,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     start = 8 + int.from_bytes(body[:8], "little")
     if len(body) < 8 or start > len(body):
@@ -280,7 +322,7 @@ def _read_safetensors(
 
 
 def _base64(tensor: torch.Tensor) -> str:
-    return base64.b64encode(_raw(tensor)).decode()
+    return base64.b64encode(raw(tensor)).decode()
 
 
 def _floats(tensor: torch.Tensor) -> np.ndarray:
@@ -288,7 +330,7 @@ def _floats(tensor: torch.Tensor) -> np.ndarray:
     return tensor.float().numpy()
 
 
-def _read_json(body: bytes | bytearray) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read_json(body: Body) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     facts = orjson.loads(body)
     return {name: _from_json(entry) for name, entry in facts["tensors"].items()}, facts
 
@@ -324,7 +366,7 @@ def write_error(error: RequestError) -> bytes:
     return msgspec.json.encode({"error": _ErrorBody(str(error), kind, error.param, error.status)})
 
 
-def read_error(body: bytes | bytearray) -> RequestError | None:
+def read_error(body: Body) -> RequestError | None:
     """The error that a body tells of, None where it is not of that shape."""
     try:
         error = msgspec.json.decode(body, type=dict[str, _ErrorBody])["error"]

@@ -13,7 +13,7 @@ import numpy as np
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError, InputRefused
 from sglang.srt.encode_only.client import EncoderClient, EncoderUnavailable
-from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, RequestError
+from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncoderInfo, RequestError
 
 API_KEY = "SGLANG_SRT_ENCODER_API_KEY"
 """The environment variable that holds the servers' API key, where they have one."""
@@ -58,8 +58,8 @@ class EncodeServers:
     Args:
         component: the pipeline's component, for messages.
         urls: the servers.
-        expected: what each has to serve. It is asked before every batch, because a server can be
-            started again with another model.
+        expected: what each has to serve; every answer says, because a server can be started again
+            with another model.
         timeout: seconds that a server has for an answer.
 
     Attributes:
@@ -86,12 +86,17 @@ class EncodeServers:
             client = server.client
             try:
                 with self._call(server):
-                    self._check(client)
-                    return client.encode_inputs(inputs)
+                    outputs = client.encode_inputs(inputs)
+                    for output in outputs:
+                        self._check(client, output.encoder)
+                    return outputs
             except EncoderUnavailable as error:
                 down.append(str(error))
             except RequestError as error:
                 if error.status != 429:
+                    # Perhaps because of what it serves.
+                    with contextlib.suppress(EncoderUnavailable, RequestError):
+                        self._check(client, client.info())
                     said = f"The encoder at {client.base_url} refused: {error}"
                     raise InputRefused(f"{self.component} on srt: {said}") from error
                 down.append(f"The encoder at {client.base_url} is busy: {error}")
@@ -133,8 +138,8 @@ class EncodeServers:
             with self._lock:
                 server.calls -= 1
 
-    def _check(self, client: EncoderClient) -> None:
-        mismatch = self.expected.mismatch(client.info())
+    def _check(self, client: EncoderClient, found: EncoderInfo | None) -> None:
+        mismatch = None if found is None else self.expected.mismatch(found)
         if mismatch is not None:
             raise self._error(f"The encoder at {client.base_url} serves another model: {mismatch}.")
 

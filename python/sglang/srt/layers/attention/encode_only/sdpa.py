@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sglang.srt.encode_only.packing import segments_of
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
@@ -295,14 +296,12 @@ class SdpaBackend(AttentionBackend):
         self.token_to_kv_pool = self.req_to_token_pool = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        lengths = list(forward_batch.extend_seq_lens_cpu or ())
-        # Warm-up batches carry none.
-        specs = getattr(forward_batch, "encode_specs", None) or [None] * len(lengths)
+        inputs = [one for request in segments_of(forward_batch) for one in request]
         attend = [
             length if spec is None or spec.attend is None else spec.attend
-            for spec, length in zip(specs, lengths, strict=True)
+            for length, spec in inputs
         ]
-        self.plan = BatchPlan(lengths, attend, self.heads, self.device)
+        self.plan = BatchPlan([one.length for one in inputs], attend, self.heads, self.device)
 
     def forward_decode(self, *args, **kwargs):
         raise ValueError(

@@ -1,0 +1,137 @@
+"""Several inputs as one request of srt.
+
+srt spends a fifth of a millisecond on a request wherever it goes, which is longer than a short
+prompt takes to encode. So the inputs of a call travel end to end, as the tokens of one request, and
+what is asked of each goes with them; the token budget of a batch is the most that one may hold.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
+from sglang.srt.encode_only.shared_memory import Offer
+
+_KEY = "encode_inputs"
+_PLACE = "encode_place"
+
+
+class Segment(NamedTuple):
+    """One input within a request.
+
+    Attributes:
+        length: its number of tokens.
+        spec: what is asked of it, None for a plain embedding (`/v1/embeddings`, health checks).
+    """
+
+    length: int
+    spec: EncodeSpec | None
+
+
+class Place(NamedTuple):
+    """Where in a caller's memory the values of a request belong.
+
+    Attributes:
+        offset: in bytes, of the answer's body.
+    """
+
+    offer: Offer
+    offset: int
+
+    def write(self, values: memoryview) -> bool:
+        """Whether it could be done: the caller's memory may be out of reach, or gone."""
+        try:
+            self.offer.write(values, self.offset)
+        except (OSError, ValueError):
+            return False
+        return True
+
+
+class Packed(dict[str, Any]):
+    """What is asked of the inputs of a request, as srt's `SamplingParams.custom_params`.
+
+    They reach the scheduler unread. A type of its own, because a caller of srt's other routes can
+    give such parameters too, and nobody has checked those.
+    """
+
+    @classmethod
+    def of(cls, inputs: Iterable[EncodeInput], place: Place | None = None) -> Packed:
+        """
+        Args:
+            place: where the answer is to be written.
+        """
+        return cls(
+            {
+                _PLACE: place and (*msgspec.structs.astuple(place.offer), place.offset),
+                _KEY: [
+                    (len(one.token_ids), spec.layers, spec.pooled, spec.attend, spec.skip)
+                    for one in inputs
+                    for spec in (one.spec,)
+                ],
+            }
+        )
+
+
+def segments(params: Mapping[str, Any] | None, num_tokens: int) -> list[Segment]:
+    """The inputs of a request of `num_tokens` tokens, by its `custom_params`."""
+    if not params or _KEY not in params:
+        return [Segment(num_tokens, None)]
+    return [
+        Segment(
+            length,
+            EncodeSpec(layers=tuple(layers), pooled=pooled, attend=attend, skip=skip),
+        )
+        for length, layers, pooled, attend, skip in params[_KEY]
+    ]
+
+
+def place_of(params: Mapping[str, Any] | None) -> Place | None:
+    """Where the answer to a request is to be written, by its `custom_params`."""
+    if not params or not (place := params.get(_PLACE)):
+        return None
+    *offer, offset = place
+    return Place(Offer(*offer), offset)
+
+
+def num_inputs(params: Mapping[str, Any] | None) -> int:
+    """How many inputs a request holds, by its `custom_params`."""
+    return len(params[_KEY]) if params and _KEY in params else 1
+
+
+def segments_of(forward_batch: Any) -> list[list[Segment]]:
+    """The inputs of each request of a batch; of one that carries none, its requests."""
+    packed = getattr(forward_batch, "encode_segments", None)
+    if packed is not None:
+        return packed
+    return [[Segment(length, None)] for length in forward_batch.extend_seq_lens_cpu or ()]
+
+
+def split(inputs: Sequence[EncodeInput], max_tokens: int) -> Iterator[list[EncodeInput]]:
+    """`inputs` in order, in parts of at most `max_tokens` tokens; a longer one is a part alone."""
+    part: list[EncodeInput] = []
+    tokens = 0
+    for one in inputs:
+        tokens += len(one.token_ids)
+        if part and tokens > max_tokens:
+            yield part
+            part, tokens = [], len(one.token_ids)
+        part.append(one)
+    if part:
+        yield part
+
+
+def token_ids(inputs: Iterable[EncodeInput]) -> list[int]:
+    """Those of all inputs, end to end."""
+    return [*itertools.chain.from_iterable(one.token_ids for one in inputs)]
+
+
+def positions(lengths: Sequence[int]) -> torch.Tensor:
+    """`[tokens]` int64, where in its input each token of a batch is."""
+    ends = np.cumsum(lengths)
+    starts = np.repeat(ends - lengths, lengths)
+    return torch.from_numpy(np.arange(len(starts)) - starts)

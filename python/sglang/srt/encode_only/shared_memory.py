@@ -1,0 +1,168 @@
+"""Answers in the caller's memory, where caller and server are on one host.
+
+The caller makes a file in memory (`memfd_create`) and offers it: process, descriptor, and a token
+that is written at its beginning. The scheduler writes the hidden states straight into it, so that
+they pass no socket. A server that cannot open it, being in another container or on another host
+behind a tunnel, or that does not find the token there, answers as if nothing had been offered.
+
+The file has no name: it is gone with the last process that has it open, however that ends.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+import weakref
+from collections.abc import Iterator
+
+import msgspec
+
+BODY = 64
+"""Where the body of the answer begins; before it is the token."""
+
+MAX_FILES = 16
+"""How many files a client has at most, those of answers that somebody still holds included."""
+MAX_KEPT = 4
+"""How many of them it keeps for further answers,"""
+MAX_KEPT_BYTES = 32 << 20
+"""and how large those are at most."""
+
+_NAME = "sglang-encode"
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """Where a caller's memory is.
+
+    Attributes:
+        pid: the caller's process.
+        fd: its descriptor of the file.
+        token: with which the file begins, 32 hexadecimal digits.
+    """
+
+    pid: int
+    fd: int
+    token: str
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor of the file.
+
+        Raises:
+            OSError: it is out of reach.
+            ValueError: it is not what was offered.
+        """
+        path = f"/proc/{self.pid}/fd/{self.fd}"
+        # Nothing else is ever opened: another's file may begin with bytes that a caller knows.
+        if os.readlink(path) != f"/memfd:{_NAME} (deleted)":
+            raise ValueError(f"{path} is no memory for answers")
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) or os.pread(fd, BODY, 0) != _head(self.token):
+                raise ValueError(f"{path} is other memory than what was offered")
+            yield fd
+        finally:
+            os.close(fd)
+
+    def is_open(self) -> bool:
+        """Whether this process can write there."""
+        try:
+            with self.opened():
+                return True
+        except (OSError, ValueError):
+            return False
+
+    def write(self, values: memoryview, offset: int) -> None:
+        """Writes at `offset` of the body.
+
+        Raises:
+            OSError, ValueError: as of `opened`; or there is no memory left.
+        """
+        with self.opened() as fd:
+            at = BODY + offset
+            while values:
+                count = os.pwrite(fd, values, at)
+                values, at = values[count:], at + count
+
+
+def _head(token: str) -> bytes:
+    return token.encode().ljust(BODY, b"\0")
+
+
+class Memory:
+    """A file in memory of this process."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.close = weakref.finalize(self, os.close, self.fd)
+        self.token = secrets.token_hex(16)
+        os.pwrite(self.fd, _head(self.token), 0)
+
+    @property
+    def offer(self) -> Offer:
+        return Offer(os.getpid(), self.fd, self.token)
+
+
+class Memories:
+    """A client's files for answers. Threads may share it.
+
+    One is used again once nothing refers to the answer in it, because new memory is slower.
+    """
+
+    def __init__(self) -> None:
+        self._kept: collections.deque[Memory] = collections.deque()
+        self._files: weakref.WeakSet[Memory] = weakref.WeakSet()
+        self._closed = False
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[Memory | None]:
+        """A file for one answer, which `answer` then takes out of it; None where there is none."""
+        memory = self._take()
+        if memory is None:
+            yield None
+            return
+        try:
+            yield memory
+        except BaseException:
+            # The server may still write there.
+            memory.close()
+            raise
+
+    def answer(self, memory: Memory, size: int | None) -> memoryview | None:
+        """The `size` bytes that a server wrote into a file that was lent; None for no answer there.
+
+        Raises:
+            ValueError: it did not write so many.
+        """
+        if size is None:
+            self._give_back(memory)
+            return None
+        mapped = mmap.mmap(memory.fd, BODY + size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        weakref.finalize(mapped, self._give_back, memory).atexit = False
+        return memoryview(mapped)[BODY:]
+
+    def _take(self) -> Memory | None:
+        with contextlib.suppress(IndexError):
+            return self._kept.pop()
+        if len(self._files) >= MAX_FILES:
+            return None
+        with contextlib.suppress(OSError):
+            memory = Memory()
+            self._files.add(memory)
+            return memory
+        return None
+
+    def close(self) -> None:
+        self._closed = True
+        while self._kept:
+            self._kept.pop().close()
+
+    def _give_back(self, memory: Memory) -> None:
+        large = os.fstat(memory.fd).st_size > MAX_KEPT_BYTES
+        if self._closed or large or len(self._kept) >= MAX_KEPT:
+            memory.close()
+        else:
+            self._kept.append(memory)

@@ -1,0 +1,188 @@
+"""Answers that a server writes into its caller's memory: the same ones, and into nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import subprocess
+import sys
+
+import httpx
+import msgspec
+import psutil
+import pytest
+import torch
+from sglang.srt.encode_only import shared_memory, wire
+from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient
+from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
+from sglang.srt.encode_only.shared_memory import Memories, Memory, Offer
+
+from checkpoints import fresh_seed
+
+SPECS = [
+    EncodeSpec(),
+    EncodeSpec(layers=(0, 2, -2)),
+    EncodeSpec(attend=2),
+    EncodeSpec(layers=(1,), skip=1),
+]
+
+
+@pytest.fixture
+def inputs() -> list[EncodeInput]:
+    rng = random.Random(fresh_seed())
+    return [
+        EncodeInput(
+            token_ids=[rng.randrange(3, 60) for _ in range(rng.randint(2, 40))],
+            spec=rng.choice(SPECS),
+        )
+        for _ in range(40)
+    ]
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.hidden_states.keys() == b.hidden_states.keys()
+        for layer, states in b.hidden_states.items():
+            assert torch.equal(a.hidden_states[layer], states)
+        assert (a.prompt_tokens, a.truncated, a.encoder) == (
+            b.prompt_tokens,
+            b.truncated,
+            b.encoder,
+        )
+
+
+def ask(url: str, request: wire.EncodeRequest) -> httpx.Response:
+    headers = {"Content-Type": wire.JSON}
+    body = wire.write_request(request)
+    answer = httpx.post(url + wire.ROUTE, content=body, headers=headers, timeout=60)
+    assert answer.status_code == 200
+    return answer
+
+
+@pytest.mark.parametrize("server", ["t5_server", "doubled_server"])
+def test_what_is_written_is_what_is_sent(server, inputs, request):
+    url = request.getfixturevalue(server).url
+    with EncoderClient(url) as shares, EncoderClient(url, share_memory=False) as does_not:
+        assert_same(shares.encode_inputs(inputs), does_not.encode_inputs(inputs))
+        texts = ["a lighthouse at dusk", "two foxes"]
+        assert_same(shares.encode(texts), does_not.encode(texts))
+        cut = {"truncate": True, "max_length": 2}
+        assert_same(shares.encode(texts, **cut), does_not.encode(texts, **cut))
+
+    async def shared():
+        async with AsyncEncoderClient(url) as client:
+            return await client.encode_inputs(inputs)
+
+    with EncoderClient(url) as client:
+        assert_same(asyncio.run(shared()), client.encode_inputs(inputs))
+
+
+def test_it_comes_in_memory(t5_server):
+    memory = Memory()
+    request = wire.make_request(input=[[3, 4], [5]])
+    answer = ask(t5_server.url, msgspec.structs.replace(request, memory=memory.offer))
+    assert answer.content == b""
+    body = Memories().answer(memory, int(answer.headers[wire.IN_MEMORY]))
+    assert bytes(body) == ask(t5_server.url, request).content
+
+
+def test_a_call_of_several_batches(t5_server):
+    """Each batch writes its part."""
+    many = [[3 + i % 50] * 500 for i in range(60)]
+    with (
+        EncoderClient(t5_server.url) as shares,
+        EncoderClient(t5_server.url, share_memory=False) as does_not,
+    ):
+        assert_same(shares.encode(many), does_not.encode(many))
+
+
+def test_an_answer_stays_as_long_as_somebody_has_it(t5_server):
+    """And its memory is used again afterwards."""
+    with EncoderClient(t5_server.url) as client:
+        first = client.encode([3, 4, 5])[0].last_hidden_state
+        kept = first.clone()
+        for _ in range(20):
+            client.encode([9])
+        assert torch.equal(first, kept)
+        files = memfds("self")
+        for _ in range(20):
+            client.encode([9])
+        assert memfds("self") <= files
+        # Nor does a caller who keeps all run out of files.
+        many = [client.encode([7 + i])[0].last_hidden_state for i in range(40)]
+        assert memfds("self") <= files + 2 * shared_memory.MAX_FILES
+        for i, states in enumerate(many):
+            assert torch.equal(states, client.encode([7 + i])[0].last_hidden_state)
+    assert torch.equal(first, kept)
+
+
+def test_memory_is_given_back(t5_server):
+    """By a client that was closed, and by one that was forgotten."""
+    before = memfds("self")
+    with EncoderClient(t5_server.url) as client:
+        client.encode([3, 4])
+    forgotten = EncoderClient(t5_server.url)
+    forgotten.encode([3, 4])
+    del forgotten
+    gc.collect()
+    assert memfds("self") <= before
+    assert t5_server.process is not None
+    for process in psutil.Process(t5_server.process.pid).children(recursive=True):
+        assert memfds(process.pid) == 0
+
+
+def memfds(pid: int | str) -> int:
+    links = [entry.path for entry in os.scandir(f"/proc/{pid}/fd")]
+    return sum(os.path.exists(p) and shared_memory._NAME in os.readlink(p) for p in links)
+
+
+def test_nothing_but_what_was_offered_is_written(t5_server, tmp_path):
+    """Another's file, even one that begins as the caller says, is not touched."""
+    request = wire.make_request(input=[[3, 4], [5]])
+    expected = ask(t5_server.url, request).content
+    token = "0" * 32
+    path = tmp_path / "file"
+    content = shared_memory._head(token) + b"precious"
+    path.write_bytes(content)
+    memory, sealed = Memory(), os.memfd_create("other")
+    os.write(sealed, content)
+    with path.open("r+b") as file:
+        for offer in (
+            Offer(os.getpid(), file.fileno(), token),
+            Offer(os.getpid(), sealed, token),
+            Offer(os.getpid(), memory.fd, token),
+            Offer(os.getpid(), 10**6, memory.token),
+            Offer(2**22 + 1, memory.fd, memory.token),
+            Offer(-1, -1, "../../etc/passwd"),
+        ):
+            answer = ask(t5_server.url, msgspec.structs.replace(request, memory=offer))
+            assert wire.IN_MEMORY not in answer.headers
+            assert answer.content == expected
+    assert path.read_bytes() == content
+    assert os.pread(sealed, 1000, 0) == content
+    assert os.fstat(memory.fd).st_size == shared_memory.BODY
+    os.close(sealed)
+
+
+def test_a_caller_that_dies_leaves_nothing(t5_server):
+    """Also where its answer is under way."""
+    script = (
+        "import sys, threading, time\n"
+        "from sglang.srt.encode_only.client import EncoderClient\n"
+        "client = EncoderClient(sys.argv[1])\n"
+        "client.encode([3])\n"
+        "print('ready', flush=True)\n"
+        "while True: client.encode([[3] * 500] * 8)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, t5_server.url], stdout=subprocess.PIPE, text=True
+    ) as caller:
+        assert caller.stdout is not None and caller.stdout.readline() == "ready\n"
+        caller.kill()
+    with EncoderClient(t5_server.url) as client:
+        assert client.encode([3, 4])[0].prompt_tokens == 2
+    for process in psutil.Process(t5_server.process.pid).children(recursive=True):
+        assert memfds(process.pid) == 0
