@@ -6,6 +6,7 @@ that tests can have several under way and leave plugins out of some.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -113,12 +114,15 @@ def as_flags(options: dict[str, Any]) -> list[str]:
     return flags
 
 
-def ports() -> dict[str, int]:
-    """Free ports for a diffusion runtime, whose default ports collide."""
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        return {"master_port": one.getsockname()[1], "scheduler_port": two.getsockname()[1]}
+def ports(*more: str) -> dict[str, int]:
+    """Free ports for a diffusion runtime, whose default ports collide, by their arguments."""
+    with contextlib.ExitStack() as stack:
+        free = {}
+        for name in ("master_port", "scheduler_port", *more):
+            probe = stack.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            free[name] = probe.getsockname()[1]
+        return free
 
 
 def difference(one: Pictures, other: Pictures) -> float:

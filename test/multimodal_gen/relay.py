@@ -17,7 +17,8 @@ class Relay:
     """Holds a free loopback port. Nobody answers there but while `to` holds.
 
     Attributes:
-        received: how many bytes callers have sent to whom `to` named.
+        received: how many bytes callers have sent to whom `to` named,
+        encodes: and how many requests to encode were among them.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class Relay:
             probe.bind((_HOST, 0))
             self._port = probe.getsockname()[1]
         self.url = f"http://{_HOST}:{self._port}"
-        self.received = 0
+        self.received = self.encodes = 0
 
     @contextlib.contextmanager
     def to(self, url: str) -> Iterator[None]:
@@ -50,6 +51,7 @@ class Relay:
 
     def _count(self, data: bytes) -> None:
         self.received += len(data)
+        self.encodes += data.startswith(b"POST /v1/encode")
 
     @contextlib.contextmanager
     def saying(self, answer: bytes) -> Iterator[None]:

@@ -26,9 +26,9 @@ class Service(Program):
 
     def __init__(self, flux: Path, folder: Path, encoders: Sequence[str] = (), **more: object):
         self.relay = Relay()
-        self.url = Relay().url
-        flags = ports() | {
-            "port": self.url.rpartition(":")[2],
+        free = ports("port")
+        self.url = f"http://127.0.0.1:{free['port']}"
+        flags = free | {
             "srt_encoder_timeout": TIMEOUT,
             "output_path": folder,
             "input_save_path": folder,

@@ -7,11 +7,13 @@ import os
 import signal
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from pictures import CASES, Pictures, image
 from service import Service
 from sglang.srt.encode_only.local_server import LocalServer
+from transformers import T5EncoderModel
 
 
 @pytest.mark.parametrize("case", ["one", "negative"])
@@ -48,13 +50,40 @@ def test_a_weight_update_empties_the_conditioning_cache(
 ):
     with service.relay.to(flux_server.url):
         service.picture(prompt="new weights")
-        asked = service.relay.received
+        asked = service.relay.encodes
         service.picture(prompt="new weights")
-        assert service.relay.received == asked, "The cache answers."
+        assert service.relay.encodes == asked, "The cache answers."
         said = service.update_weights(model_path=str(flux), target_modules=["transformer"])
         assert said["success"] is True, said
         service.picture(prompt="new weights")
-        assert service.relay.received > asked
+        assert service.relay.encodes > asked
+
+
+def test_a_weight_update_of_the_encoder_elsewhere(
+    service: Service, flux_server: LocalServer, flux: Path, tmp_path: Path
+):
+    """What the conditioning cache has of the old ones is not used."""
+    own = flux / "text_encoder_2"
+    model = T5EncoderModel.from_pretrained(own)
+    model.encoder.final_layer_norm.weight.data *= -1
+    model.save_pretrained(tmp_path)
+
+    def update(folder: Path) -> None:
+        url = f"{flux_server.url}/update_weights_from_disk"
+        answer = httpx.post(url, json={"model_path": str(folder)}, timeout=60)
+        assert answer.json()["success"] is True, answer.text
+
+    with service.relay.to(flux_server.url):
+        before = service.picture(prompt="weights of its own")
+        update(tmp_path)
+        assert np.abs(service.picture(prompt="weights of its own") - before).max() > 1
+        update(own)
+        assert np.abs(service.picture(prompt="weights of its own") - before).max() <= 1
+        asked = service.relay.encodes
+        service.picture(prompt="weights of its own")
+        assert service.relay.encodes == asked
+    # It is down, so that it has no others.
+    service.picture(prompt="weights of its own")
 
 
 def test_an_encoder_that_is_gone_between_two_prompts(service: Service, flux_server: LocalServer):

@@ -279,9 +279,12 @@ def test_weights_are_updated_on_a_running_server(t5_server, client, t5_folder, t
         return client.encode([5, 6, 7])[0].last_hidden_state
 
     before = client.encode([5, 6, 7])[0].last_hidden_state
+    weights = client.info().weights
     with torch.no_grad():
         [expected] = model(torch.tensor([[5, 6, 7]])).last_hidden_state
     assert_close(update(tmp_path), expected)
+    assert client.info().weights != weights
+    assert client.encode([5])[0].encoder == client.info()
     assert_close(update(t5_folder), before)
 
 
@@ -313,6 +316,12 @@ def test_batches_are_logged_and_counted_by_their_mode(t5_server, client, rng):
     assert 1 <= batches <= 3 and (sequences, tokens) == (3, 17)
     assert 'forward_mode="encode_only"' in httpx.get(f"{t5_server.url}/metrics").text
     assert "ENCODE_ONLY batch, #new-seq: " in t5_server.log_path.read_text()
+
+
+def test_a_weight_update_that_other_processes_would_not_see(doubled_server, t5_folder):
+    url = f"{doubled_server.url}/update_weights_from_disk"
+    answer = httpx.post(url, json={"model_path": str(t5_folder)}, timeout=60)
+    assert answer.status_code == 400 and "--tokenizer-worker-num" in answer.text
 
 
 def test_two_tokenizer_workers_and_two_ranks(doubled_server, t5_reference, rng):

@@ -68,13 +68,16 @@ class EncoderClient:
             transport=Transport(),
         )
 
-    def info(self) -> EncoderInfo:
+    def info(self, *, timeout: float | None = None) -> EncoderInfo:
         """What the encoder is.
+
+        Args:
+            timeout: seconds, in place of the client's.
 
         Raises:
             EncoderUnavailable: there is none.
         """
-        return _read_info(self.base_url, *self._exchange("GET"))
+        return _read_info(self.base_url, *self._exchange("GET", timeout=timeout))
 
     def encode(
         self,
@@ -135,10 +138,13 @@ class EncoderClient:
             answer = self._exchange("POST", body)
         return _read_outputs(self.base_url, request, *answer, self._memories, memory)
 
-    def _exchange(self, method: str, body: bytes | None = None) -> tuple[httpx.Response, bytes]:
+    def _exchange(
+        self, method: str, body: bytes | None = None, timeout: float | None = None
+    ) -> tuple[httpx.Response, bytes]:
+        within = self._http.timeout if timeout is None else _timeout(timeout)
         with (
             _unavailable(self.base_url),
-            self._http.stream(method, wire.ROUTE, content=body) as response,
+            self._http.stream(method, wire.ROUTE, content=body, timeout=within) as response,
         ):
             return response, next(response.iter_raw(), b"")
 

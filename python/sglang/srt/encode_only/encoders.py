@@ -18,7 +18,9 @@ from sglang.srt.encode_only.request import EncoderInfo
 from sglang.srt.environ import envs
 
 MAX_LENGTH = "encode_max_length"
-"""The key of a checkpoint's config that holds the most tokens of an input."""
+"""The key of a checkpoint's config that holds the most tokens of an input,"""
+WEIGHTS = "encode_weights"
+"""and that of a name for its weights as this server loaded them, the same in all its processes."""
 
 
 class Encoder(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,12 +169,13 @@ def encoder_of(hf_config: Any) -> Encoder:
     return encoder
 
 
-def info_of(model: str, model_config: Any) -> EncoderInfo:
+def info_of(model: str, model_config: Any, updates: int = 0) -> EncoderInfo:
     """What an encoder is, for its callers.
 
     Args:
         model: the name under which it is served.
         model_config: srt's ModelConfig, of arguments that `server_args.py` has resolved.
+        updates: how often its weights were updated.
     """
     encoder = encoder_of(model_config.hf_config)
     field = encoder.pooled_size
@@ -186,6 +189,7 @@ def info_of(model: str, model_config: Any) -> EncoderInfo:
         dtype=str(model_config.dtype).removeprefix("torch."),
         pooled_size=getattr(model_config.hf_text_config, field) if field else None,
         causal=encoder.causal,
+        weights=f"{getattr(model_config.hf_config, WEIGHTS)}.{updates}",
         soft_cap=getattr(model_config.hf_text_config, "attn_logit_softcapping", None),
     )
 

@@ -46,6 +46,7 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
         pooled_size: width of the pooled vector, None where the model has none (T5).
         causal: whether a token attends to earlier ones only.
         soft_cap: what attention scores are bounded to, by a tanh; None for no bound.
+        weights: another string after a weight update, and after a restart.
     """
 
     model: str
@@ -58,6 +59,7 @@ class EncoderInfo(msgspec.Struct, frozen=True, kw_only=True):
     pooled_size: int | None = None
     causal: bool = False
     soft_cap: float | None = None
+    weights: str = ""
 
     @property
     def torch_dtype(self) -> torch.dtype:

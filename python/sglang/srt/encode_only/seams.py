@@ -215,6 +215,23 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         "limited, not that of a request that holds several.",
         upstream="the same check, in the same place",
     ),
+    *(
+        Seam(
+            target=f"sglang.srt.managers.{owner}.{function}",
+            kind="around",
+            hook="sglang.srt.encode_only.service:update_weights",
+            parameters=("self", "obj", "request"),
+            process="server",
+            reason="Callers who keep what was encoded are told that the weights are others.",
+            upstream="a counter of updates beside the weight version, which callers have to set",
+        )
+        for owner, function in (
+            ("tokenizer_manager:TokenizerManager", "update_weights_from_disk"),
+            ("tokenizer_control_mixin:TokenizerControlMixin", "update_weights_from_distributed"),
+            ("tokenizer_control_mixin:TokenizerControlMixin", "update_weights_from_tensor"),
+            ("tokenizer_control_mixin:TokenizerControlMixin", "update_weights_from_ipc"),
+        )
+    ),
     Seam(
         target="sglang.srt.utils.auth:add_api_key_middleware",
         kind="after",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sglang.srt.arg_groups.arg_utils import NS, A
 from sglang.srt.arg_groups.choices import add_attention_backend_choices
 from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-from sglang.srt.encode_only.encoders import MAX_LENGTH, Encoder, encoder_of, find_encoder
+from sglang.srt.encode_only.encoders import MAX_LENGTH, WEIGHTS, Encoder, encoder_of, find_encoder
 from sglang.srt.environ import envs
 from sglang.srt.server_args import ServerArgs as StockServerArgs
 from sglang.srt.utils.hf_transformers_utils import get_config, get_hf_text_config
@@ -120,7 +121,8 @@ def _resolve_encode_only(server_args: Any) -> None:
         raise ValueError(f"--context-length is {length}; give at least 1.")
     # Of a request, into which inputs are packed.
     packed_length = max(length, cfg.max_prefill_tokens) + RESERVED_TOKENS
-    overrides = json.loads(cfg.json_model_override_args) | {MAX_LENGTH: length}
+    overrides = json.loads(cfg.json_model_override_args)
+    overrides |= {MAX_LENGTH: length, WEIGHTS: secrets.token_hex(8)}
     if encoder.decoder or text_config is not hf_config:
         # With what it reserves, srt's length can be beyond the positions; an input's is not.
         envs.SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN.set(True)

@@ -38,6 +38,10 @@ from sglang.srt.runtime_context import get_schedule
 _OVERLOADED = ("The request queue is full.", "The request is aborted by a higher priority request.")
 
 
+UPDATES = "encode_weight_updates"
+"""The attribute of a tokenizer manager that counts them."""
+
+
 class EncodeService:
     """Encodes through `tokenizer_manager`, on whose event loop its coroutines run."""
 
@@ -53,7 +57,8 @@ class EncodeService:
 
     @property
     def info(self) -> EncoderInfo:
-        return info_of(self._manager.served_model_name, self._manager.model_config)
+        updates = getattr(self._manager, UPDATES, 0)
+        return info_of(self._manager.served_model_name, self._manager.model_config, updates)
 
     def check_ready(self) -> None:
         """Raises RequestError (503) where a request would wait for nothing."""
@@ -232,6 +237,24 @@ class EncodeService:
             # Truncation is state of a tokenizer, and srt calls its own from another thread.
             self._cutter = self._cutter or copy.deepcopy(self._tokenizer)
             return self._cutter(text, truncation=True, max_length=limit)["input_ids"]
+
+
+async def update_weights(
+    original: Any, self: TokenizerManager, *args: Any, **kwargs: Any
+) -> tuple[Any, ...]:
+    """AROUND the weight updates of TokenizerManager: they are counted.
+
+    Refused where several processes serve HTTP, of which the others would not know.
+    """
+    if self.server_args.tokenizer_worker_num > 1:
+        said = "No weight updates with --tokenizer-worker-num above 1: start the server again."
+        from_disk = original.__name__ == "update_weights_from_disk"
+        return (False, said, 0) if from_disk else (False, said)
+    try:
+        return await original(self, *args, **kwargs)
+    finally:
+        # Also one that failed: it may have loaded some.
+        setattr(self, UPDATES, getattr(self, UPDATES, 0) + 1)
 
 
 @functools.lru_cache(maxsize=1)

@@ -144,6 +144,7 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
             self.layers += [k % count for k in reads.hidden_states]
         self._encode = encode
         self._noted: list[EncodeInput] | None = None
+        self._settled = False
         self._ahead: Ahead | None = None
         if group is not None and group.world_size > 1:
             # The conditioning cache then agrees over the same ranks on what it has.
@@ -191,6 +192,16 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
             attention_mask=attention_mask,
         )
 
+    def changed(self) -> bool:
+        """Whether it may give other states than it gave before; the same on every rank."""
+        if self._settled:
+            return False
+        ask = getattr(self._encode, "changed", None)
+        changed = ask is not None and ask()
+        if self._encoder_tp_group is not None:
+            changed = self._encoder_tp_group.broadcast_object(changed, src=0)
+        return bool(changed)
+
     @contextlib.contextmanager
     def noting(self) -> Iterator[list[EncodeInput]]:
         """While this holds, calls note in this list what they would encode, and raise Noted."""
@@ -202,7 +213,11 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
 
     @contextlib.contextmanager
     def ahead(self, inputs: list[EncodeInput], executor: Executor) -> Iterator[None]:
-        """While this holds, calls for `inputs` are answered by one encoding of them all."""
+        """While this holds, calls for `inputs` are answered by one encoding of them all.
+
+        What is not among them is in a cache, and was found to be what the encoder would give.
+        """
+        self._settled = True
         if self._encode is not None and inputs:
             elsewhere = getattr(self._encode, "elsewhere", False)
             self._ahead = Ahead(self._encode, inputs, executor if elsewhere else None)
@@ -210,6 +225,7 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
             yield
         finally:
             self._ahead = None
+            self._settled = False
 
     def _spans(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[range]:
         """Where in each row its real tokens are."""

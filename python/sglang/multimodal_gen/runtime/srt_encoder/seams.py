@@ -85,6 +85,28 @@ DIFFUSION: tuple[Seam, ...] = (
         upstream="keep the pipeline config, but for what is resolved from the ranks",
     ),
     Seam(
+        target="sglang.multimodal_gen.runtime.cache.conditioning:ConditioningCache.run",
+        kind="around",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.cached:unless_changed",
+        parameters=(
+            "self",
+            "model",
+            "method",
+            "args",
+            "kwargs",
+            "compute",
+            "group",
+            "nested",
+            "namespace",
+            "share_in_group",
+            "cross_request",
+            "keep_on_device",
+        ),
+        process="diffusion",
+        reason="A weight update at an encode-only server is not seen here.",
+        upstream="the version of an encoder's weights in the key of an entry",
+    ),
+    Seam(
         target="sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding"
         ":TextEncodingStage.forward",
         kind="around",

@@ -21,6 +21,9 @@ API_KEY = "SGLANG_SRT_ENCODER_API_KEY"
 MAX_PAUSE = 30.0
 """Seconds for which a server that failed is asked last, at most; the first time it is one."""
 
+PATIENCE = 5.0
+"""Seconds that a server has to say which weights it has."""
+
 SLACK = 1
 """How many more calls than the least busy server the one that knows a prompt may have."""
 
@@ -74,6 +77,23 @@ class EncodeServers:
         key = os.environ.get(API_KEY)
         self._servers = [Server(EncoderClient(url, api_key=key, timeout=timeout)) for url in urls]
         self._lock = threading.Lock()
+        self._timeout = timeout
+        # By URL, as an answer last had it.
+        self._weights: dict[str, str] = {}
+        self._changed = False
+
+    def changed(self) -> bool:
+        """Whether a server has other weights than at the last call of this, as far as they say."""
+        now = time.monotonic()
+        for server in self._servers:
+            if server.paused_until > now:
+                continue
+            # One that is down has no newer weights.
+            with contextlib.suppress(EncoderUnavailable, RequestError), self._call(server):
+                self._note(server.client, server.client.info(timeout=min(self._timeout, PATIENCE)))
+        with self._lock:
+            changed, self._changed = self._changed, False
+        return changed
 
     def __call__(self, inputs: list[EncodeInput]) -> list[EncodeOutput]:
         """An output an input.
@@ -138,8 +158,17 @@ class EncodeServers:
             with self._lock:
                 server.calls -= 1
 
+    def _note(self, client: EncoderClient, found: EncoderInfo) -> None:
+        with self._lock:
+            before = self._weights.setdefault(client.base_url, found.weights)
+            self._weights[client.base_url] = found.weights
+            self._changed |= before != found.weights
+
     def _check(self, client: EncoderClient, found: EncoderInfo | None) -> None:
-        mismatch = None if found is None else self.expected.mismatch(found)
+        if found is None:
+            return
+        self._note(client, found)
+        mismatch = self.expected.mismatch(found)
         if mismatch is not None:
             raise self._error(f"The encoder at {client.base_url} serves another model: {mismatch}.")
 
