@@ -109,6 +109,7 @@ class EncodeServers:
                     outputs = client.encode_inputs(inputs)
                     for output in outputs:
                         self._check(client, output.encoder)
+                    self._check_widths(client, outputs)
                     return outputs
             except EncoderUnavailable as error:
                 down.append(str(error))
@@ -171,6 +172,22 @@ class EncodeServers:
         mismatch = self.expected.mismatch(found)
         if mismatch is not None:
             raise self._error(f"The encoder at {client.base_url} serves another model: {mismatch}.")
+
+    def _check_widths(self, client: EncoderClient, outputs: list[EncodeOutput]) -> None:
+        """Raises EncoderUnavailable where rows are not as wide as the pipeline's.
+
+        One number a row would otherwise be spread over the whole of it.
+        """
+        for output in outputs:
+            pairs = [
+                (s.shape[-1], self.expected.hidden_size) for s in output.hidden_states.values()
+            ]
+            if output.pooled is not None:
+                pairs.append((output.pooled.numel(), self.expected.pooled_size))
+            for width, mine in pairs:
+                if width != mine:
+                    said = f"its answer has rows of {width} where the pipeline has {mine}"
+                    raise EncoderUnavailable(client.base_url, said)
 
     def _error(self, what: str) -> EncoderError:
         return EncoderError(f"{self.component} on srt: {what}")
