@@ -30,6 +30,7 @@ from typing import IO, Any
 import psutil
 
 LOOPBACK = "127.0.0.1"
+SHARED_MEMORY = Path("/dev/shm")
 LINES = 40
 """How much of a server's output an error quotes."""
 
@@ -80,6 +81,7 @@ class LocalServer:
         self._on_line = on_line
         self._last_lines = collections.deque[str](maxlen=LINES)
         self._reader: threading.Thread | None = None
+        self._shared: set[Path] = set()
         self._preexec = preexec
         self._environment = {**os.environ, **(environment or {}), "TMPDIR": str(self._folder)}
         self.command = [sys.executable, "-m", "sglang.launch_server"]
@@ -120,6 +122,7 @@ class LocalServer:
         return ""
 
     def _start(self) -> None:
+        began = time.time()
         with contextlib.ExitStack() as stack:
             piped = self._on_line is not None
             self.process = subprocess.Popen(
@@ -150,6 +153,7 @@ class LocalServer:
                     f"{' '.join(self.command)}\n{self.log_tail()}"
                 )
             time.sleep(0.2)
+        self._shared = _shared_memory(_session(self.process.pid), began)
 
     def _read(self, output: IO[bytes]) -> None:
         assert self._on_line is not None
@@ -183,6 +187,11 @@ class LocalServer:
         if self._reader is not None:
             self._reader.join(grace)
         self.process = None
+        # srt leaves its shared memory, and one that is killed its sockets too.
+        for file in self._shared.union(self._folder.glob("tmp*")):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        self._shared.clear()
 
     def _end(self) -> None:
         self.stop()
@@ -197,6 +206,21 @@ def _session(leader: int) -> list[psutil.Process]:
             if os.getsid(process.pid) == leader:
                 members.append(process)
     return members
+
+
+def _shared_memory(processes: list[psutil.Process], since: float) -> set[Path]:
+    """The segments of shared memory that these processes have made since a time."""
+    made = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                file = Path("/") / line.partition("/")[2]
+                if file.parent == SHARED_MEMORY and file not in made:
+                    with contextlib.suppress(OSError):
+                        # The clock of files lags behind by a tick.
+                        if file.stat().st_ctime > since - 1:
+                            made.add(file)
+    return made
 
 
 def free_port() -> int:
