@@ -6,11 +6,16 @@ import contextlib
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
 
 # Loopback, but not a name of this host to which a client lends memory: answers pass the relay.
 _HOST = "127.0.0.2"
+
+Damage = Callable[[bytes], tuple[int, Iterable[bytes]]]
+"""What becomes of a body: the length that is announced, and the pieces that are sent."""
 
 
 class Relay:
@@ -22,9 +27,11 @@ class Relay:
     """
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind((_HOST, 0))
-            self._port = probe.getsockname()[1]
+        # Bound, though nobody listens, so that no connection elsewhere is given the port.
+        self._holder = socket.socket()
+        self._holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._holder.bind((_HOST, 0))
+        self._port = self._holder.getsockname()[1]
         self.url = f"http://{_HOST}:{self._port}"
         self.received = self.encodes = 0
 
@@ -48,6 +55,47 @@ class Relay:
             yield
         for end in ends:
             end.close()
+
+    @contextlib.contextmanager
+    def damaging(self, url: str, damage: Damage) -> Iterator[None]:
+        """While this holds, requests are passed on to `url`, and answers to POST are damaged."""
+        target = urlsplit(url).netloc
+        relay = self
+
+        class PassOnDamaged(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                answer, kind, body = self._ask()
+                self._say(answer, kind, len(body), [body])
+
+            def do_POST(self) -> None:
+                answer, kind, body = self._ask()
+                self._say(answer, kind, *damage(body))
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+            def _ask(self) -> tuple[int, str, bytes]:
+                sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                relay._count(sent)
+                with contextlib.closing(HTTPConnection(target, timeout=60)) as connection:
+                    connection.request(self.command, self.path, sent, dict(self.headers))
+                    answer = connection.getresponse()
+                    return answer.status, answer.headers["Content-Type"], answer.read()
+
+            def _say(self, status: int, kind: str, length: int, pieces: Iterable[bytes]) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(length))
+                self.send_header("Connection", "close")
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    for piece in pieces:
+                        self.wfile.write(piece)
+
+        with self._serving(PassOnDamaged):
+            yield
 
     def _count(self, data: bytes) -> None:
         self.received += len(data)

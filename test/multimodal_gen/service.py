@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from pictures import FLUX_FLOAT32, SETTINGS, Program, as_flags, ports
 from PIL import Image
@@ -72,5 +73,15 @@ class Service(Program):
     def picture(self, **request: object) -> np.ndarray:
         response = self.generate(**request)
         assert response.status_code == 200, response.text
+        return self.pixels(response)
+
+    @staticmethod
+    def pixels(response: httpx.Response) -> np.ndarray:
         png = base64.b64decode(response.json()["data"][0]["b64_json"])
         return np.asarray(Image.open(io.BytesIO(png)), dtype=float)
+
+
+def keepers(service: Service) -> list[psutil.Process]:
+    """What keeps the servers, one each; psutil knows them as children of the service."""
+    children = psutil.Process(service.process.pid).children()
+    return [child for child in children if any("local_server" in a for a in child.cmdline())]

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from pictures import BATCH, FLUX_FLOAT32, NEGATIVE, PROMPT, Pictures, as_flags, image, ports
 from relay import Relay
-from service import Service
+from service import Service, keepers
 from sglang.srt.encode_only.client import EncoderClient
 
 
@@ -45,12 +45,6 @@ def wait_until_healthy(service: Service) -> None:
     while service.health().status_code != 200:
         assert time.monotonic() < deadline, service.output()[-4000:]
         time.sleep(0.5)
-
-
-def keepers(service: Service) -> list[psutil.Process]:
-    """What keeps the servers, one each; psutil knows them as children of the service."""
-    children = psutil.Process(service.process.pid).children()
-    return [child for child in children if any("local_server" in a for a in child.cmdline())]
 
 
 @pytest.mark.parametrize("case", ["one", "negative"])
