@@ -4,12 +4,15 @@
 
 The model has one block of the smallest kind and T5-XXL's width, so that 512 tokens in bfloat16 are
 4 MiB while the forward pass is short. Two requests are compared: one that asks for all rows, and
-one that skips all rows but the last, which computes the same.
+one that skips all rows but the last, which computes the same; over loopback HTTP, and in memory
+that client and server share.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import random
 import statistics
 import tempfile
@@ -38,30 +41,37 @@ def main() -> None:
     config = T5Config(
         vocab_size=1000, d_model=args.hidden, d_ff=64, d_kv=32, num_heads=1, num_layers=1
     )
-    times: dict[str, list[float]] = {"one row": [], "all rows": []}
+    ways = {"HTTP": False, "shared memory": True}
+    asked = {"one row": one_row, "all rows": whole}
+    times: dict[tuple[str, str], list[float]] = {(way, what): [] for way in ways for what in asked}
     with tempfile.TemporaryDirectory() as folder:
         T5EncoderModel(config).to(torch.bfloat16).save_pretrained(folder)
-        with (
-            LocalServer(Path(folder), "--skip-tokenizer-init") as server,
-            EncoderClient(server.url) as client,
-        ):
-            for _ in range(5):
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(LocalServer(Path(folder), "--skip-tokenizer-init"))
+            clients = {
+                way: stack.enter_context(EncoderClient(server.url, share_memory=share))
+                for way, share in ways.items()
+            }
+            for client in [*clients.values()] * 5:
                 client.encode_inputs(whole)
             for _ in tqdm(range(args.rounds), desc="measuring"):
-                times["one row"].append(clock(lambda: client.encode_inputs(one_row)))
-                times["all rows"].append(clock(lambda: client.encode_inputs(whole)))
+                for way, what in times:
+                    client, inputs = clients[way], asked[what]
+                    run = functools.partial(client.encode_inputs, inputs)
+                    times[way, what].append(clock(run))
 
     size = args.tokens * args.hidden * 2
-    differences = [a - b for a, b in zip(times["all rows"], times["one row"])]
     print(f"\n{size / 2**20:.0f} MiB ({args.tokens} x {args.hidden}, bfloat16) on {cpu_name()}\n")
-    print("| answer | median, ms | min–max |")
-    print("|---|---|---|")
-    for name, values in times.items():
+    print("| way | answer | median, ms | min–max |\n|---|---|---|---|")
+    for (way, what), values in times.items():
         print(
-            f"| {name} | {statistics.median(values) * 1e3:.1f} "
+            f"| {way} | {what} | {statistics.median(values) * 1e3:.1f} "
             f"| {min(values) * 1e3:.1f}–{max(values) * 1e3:.1f} |"
         )
-    print(f"\nmedian of the pairs' differences: {statistics.median(differences) * 1e3:.1f} ms")
+    for way in ways:
+        pairs = zip(times[way, "all rows"], times[way, "one row"], strict=True)
+        median = statistics.median(a - b for a, b in pairs)
+        print(f"\n{way}: median of the pairs' differences {median * 1e3:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,9 @@ def columns(count: int) -> Damage:
         for output in outputs:
             states = output.hidden_states
             output.hidden_states = {k: v[:, :count].contiguous() for k, v in states.items()}
-        return whole(wire.write_answer(outputs, "other", "safetensors")[0])
+        encoder = outputs[0].encoder
+        assert encoder is not None
+        return whole(wire.write_answer(outputs, encoder, "safetensors")[0])
 
     return damage
 

@@ -310,7 +310,8 @@ def _check_status(url: str, response: httpx.Response, body: wire.Body) -> None:
     said = str(error) if error is not None else repr(bytes(body[:200]))
     raise EncoderUnavailable(
         url,
-        f"it answered {status}, {said}; start it with --is-embedding-encoder"
+        f"it answered {status}, {said}; start it with --is-embedding-encoder, and put nothing "
+        f"before it that keeps {wire.ROUTE} back"
         if status in (404, 405)
         else f"it answered {status}, {said}",
     )

@@ -48,9 +48,14 @@ _GENERATING = (
 @functools.cache
 def install(app: FastAPI) -> None:
     """Puts our routes on srt's application; a second call does nothing."""
+    routes = app.router.routes
+    count = len(routes)
     app.include_router(router)
-    # In front of srt's own: a stream's error would follow a status of 200.
-    app.router.routes[:0] = [Route(path, generate, methods=["POST", "PUT"]) for path in _GENERATING]
+    own = routes[count:]
+    del routes[count:]
+    # In front of srt's own, which are compared with a path one after another; and a generating
+    # stream's error would follow a status of 200.
+    routes[:0] = [*own, *(Route(path, generate, methods=["POST", "PUT"]) for path in _GENERATING)]
 
 
 def shape_refusals(_: Any, app: FastAPI, **keys: str | None) -> None:
