@@ -16,7 +16,6 @@ import numpy as np
 import psutil
 import pytest
 from pictures import BATCH, FLUX_FLOAT32, NEGATIVE, PROMPT, Pictures, as_flags, image, ports
-from relay import Relay
 from service import Service, keepers
 from sglang.srt.encode_only.client import EncoderClient
 
@@ -25,8 +24,8 @@ class Deployment(Service):
     """FLUX.1 with T5 on a server at a port that was asked for, CLIP on one at any."""
 
     def __init__(self, flux: Path, folder: Path):
-        self.encoder_url = Relay().url
-        port = self.encoder_url.rpartition(":")[2]
+        port = ports("encoder")["encoder"]
+        self.encoder_url = f"http://127.0.0.1:{port}"
         encoders = ["server", f"text_encoder_2=server:{port}"]
         super().__init__(flux, folder, encoders, batching_max_size=8, batching_delay_ms=500)
 

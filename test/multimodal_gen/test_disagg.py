@@ -63,8 +63,9 @@ class Roles:
         without_t5 = stripped(flux, folder / "without-t5", "text_encoder_2")
         without_any = stripped(flux, folder / "without-any", "text_encoder", "text_encoder_2")
         head = free_ports_in_a_row(6)
-        self.relay, self.server_url = Relay(), Relay().url
-        own = ["text_encoder=srt", f"text_encoder_2=server:{self.server_url.rpartition(':')[2]}"]
+        self.relay, port = Relay(), ports("server")["server"]
+        self.server_url = f"http://127.0.0.1:{port}"
+        own = ["text_encoder=srt", f"text_encoder_2=server:{port}"]
         elsewhere = ["text_encoder=srt", f"text_encoder_2={self.relay.url}"]
         self.own = Role("encoder", flux, folder, head, own)
         self.elsewhere = Role("encoder", without_t5, folder, head, elsewhere)
