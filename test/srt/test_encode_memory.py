@@ -87,7 +87,7 @@ def test_the_log_says_what_is_held(server: LocalServer, folder: Path) -> None:
     weights, tables, cache = map(float, said.groups())
     held = sum(param.nbytes for param in T5EncoderModel.from_pretrained(folder).parameters())
     assert weights == pytest.approx(held / 1e6, rel=0.01)
-    assert tables < 1 and cache < 0.1
+    assert tables < 2 and cache < 0.1
 
 
 def test_the_model_holds_its_weights_once(folder: Path) -> None:
