@@ -58,6 +58,8 @@ VOCABULARY = "VOCABULARY"
         ({"input": [5, 6], "attend": -1}, ["`attend` is -1"], "attend"),
         ({"input": [[5], [6]], "attend": [1]}, ["1 numbers for 2 inputs"], "attend"),
         ({"input": [5, 6], "skip": 2}, ["`skip` is 2", "0 to 1"], "skip"),
+        ({"input": [5], "memory": {"pid": "1", "fd": 2, "token": ""}}, ["got `str`"], "memory"),
+        ({"input": [5], "memory": {"pid": 1}}, ["missing required field `fd`"], "fd"),
         ({"input": [5, 6], "skip": -1}, ["`skip` is -1"], "skip"),
         ({"input": "a", "max_length": 0}, ["`max_length` is 0", "takes 1 to"], "max_length"),
         ({"input": "a", "max_length": 10**9}, [str(10**9), "takes 1 to"], "max_length"),
@@ -160,6 +162,15 @@ def test_an_encoder_does_not_generate(t5_server, path, body):
     message = refusal(answer)["message"]
     assert "is an encoder" in message
     assert wire.ROUTE in message
+
+
+@pytest.mark.parametrize("inputs", [5, [[3, [-1]]], [[1, "a", None, -3, 10**9]], []])
+def test_parameters_that_only_the_route_gives(t5_server, inputs):
+    """srt's own routes take any; these would reach the model unchecked."""
+    params = {"custom_params": {"encode_inputs": inputs}}
+    body = {"text": "a text", "sampling_params": params}
+    answer = httpx.post(f"{t5_server.url}/encode", json=body, timeout=60)
+    assert answer.status_code == 400 and "custom_params" in answer.text
 
 
 def test_a_missing_key_is_refused_in_our_shape(guarded_server):
