@@ -349,26 +349,23 @@ class SdpaBackend(AttentionBackend):
             # A float32 mask needs such queries but on a CPU, where they are faster too: the kernel
             # for half precision converts block by block.
             q_rhd, k_rhd, v_rhd = q_rhd.float(), k_rhd.float(), v_rhd.float()
-        outs = [
-            attend_group(
-                *(
-                    rows.view(group.size, -1, *rows.shape[1:]).transpose(1, 2)
-                    for rows in (q_lhd, k_lhd, v_lhd)
-                ),
-                mask,
-                layer,
+        o_rhd = q.new_empty(*q_rhd.shape[:2], layer.v_head_dim)
+        queries = [group.size * group.length for group in plan.groups]
+        keys = [group.size * group.keys for group in plan.groups]
+        for group, mask, *qkvo in zip(
+            plan.groups,
+            masks,
+            q_rhd.split(queries),
+            k_rhd.split(keys),
+            v_rhd.split(keys),
+            o_rhd.split(queries),
+            strict=True,
+        ):
+            q_nhld, k_nhkd, v_nhkd, o_nhld = (
+                rows.view(group.size, -1, *rows.shape[1:]).transpose(1, 2) for rows in qkvo
             )
-            for group, mask, q_lhd, k_lhd, v_lhd in zip(
-                plan.groups,
-                masks,
-                q_rhd.split([group.size * group.length for group in plan.groups]),
-                k_rhd.split([group.size * group.keys for group in plan.groups]),
-                v_rhd.split([group.size * group.keys for group in plan.groups]),
-                strict=True,
-            )
-        ]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return out.to(q.dtype).index_select(0, plan.output_rows)
+            o_nhld.copy_(attend_group(q_nhld, k_nhkd, v_nhkd, mask, layer))
+        return o_rhd.flatten(1).index_select(0, plan.output_rows)
 
 
 def attend_group(
@@ -378,8 +375,8 @@ def attend_group(
     mask: torch.Tensor | None,
     layer: RadixAttention,
 ) -> torch.Tensor:
-    """`[size * length, heads * v_head_dim]`: one call's attention."""
-    size, heads, length, _ = q_nhld.shape
+    """`[size, heads, length, v_head_dim]`: one call's attention."""
+    heads = q_nhld.shape[1]
     grouped = heads != k_nhkd.shape[1]
     if layer.logit_cap:
         if grouped:
@@ -388,12 +385,10 @@ def attend_group(
         scores = layer.logit_cap * torch.tanh(scores / layer.logit_cap)
         if mask is not None:
             scores = scores + mask
-        o_nhld = scores.softmax(dim=-1).to(v_nhkd.dtype) @ v_nhkd
-    else:
-        o_nhld = F.scaled_dot_product_attention(
-            q_nhld, k_nhkd, v_nhkd, attn_mask=mask, scale=layer.scaling, enable_gqa=grouped
-        )
-    return o_nhld.transpose(1, 2).reshape(size * length, -1)
+        return scores.softmax(dim=-1).to(v_nhkd.dtype) @ v_nhkd
+    return F.scaled_dot_product_attention(
+        q_nhld, k_nhkd, v_nhkd, attn_mask=mask, scale=layer.scaling, enable_gqa=grouped
+    )
 
 
 @register_attention_backend("encode_only")
