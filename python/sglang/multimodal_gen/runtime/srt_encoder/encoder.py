@@ -59,7 +59,7 @@ class Ahead:
 
     def __init__(self, encode: Encode, inputs: list[EncodeInput], executor: Executor | None):
         self._encode = encode
-        self._inputs = {_key(one): one for one in inputs}
+        self._inputs = {key_of(one): one for one in inputs}
         self._outputs: dict[Key, EncodeOutput] | None = None
         self._future: Future[list[EncodeOutput]] | None = None
         if executor is not None:
@@ -67,7 +67,7 @@ class Ahead:
 
     def outputs(self, inputs: list[EncodeInput]) -> list[EncodeOutput] | None:
         """The outputs of `inputs`, None where they are not all among them or one was refused."""
-        keys = [_key(one) for one in inputs]
+        keys = [key_of(one) for one in inputs]
         if not self._inputs.keys() >= set(keys):
             return None
         if self._outputs is None:
@@ -83,7 +83,8 @@ class Ahead:
         return [self._outputs[key] for key in keys]
 
 
-def _key(one: EncodeInput) -> Key:
+def key_of(one: EncodeInput) -> Key:
+    """What two inputs have in common that are encoded alike."""
     return tuple(one.token_ids), one.spec
 
 
@@ -192,6 +193,11 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
             attention_mask=attention_mask,
         )
 
+    @property
+    def encode(self) -> Encode | None:
+        """Who encodes; None on a rank that does not."""
+        return self._encode
+
     def changed(self) -> bool:
         """Whether it may give other states than it gave before; the same on every rank."""
         if self._settled:
@@ -203,13 +209,19 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         return bool(changed)
 
     @contextlib.contextmanager
-    def noting(self) -> Iterator[list[EncodeInput]]:
-        """While this holds, calls note in this list what they would encode, and raise Noted."""
+    def noting(self, settled: bool = False) -> Iterator[list[EncodeInput]]:
+        """While this holds, calls note in this list what they would encode, and raise Noted.
+
+        Args:
+            settled: what a cache has counts, without a question to the encoder.
+        """
         self._noted = []
+        self._settled = settled
         try:
             yield self._noted
         finally:
             self._noted = None
+            self._settled = False
 
     @contextlib.contextmanager
     def ahead(self, inputs: list[EncodeInput], executor: Executor) -> Iterator[None]:

@@ -23,6 +23,7 @@ from sglang.multimodal_gen.runtime.loader.component_loaders.text_encoder_loader 
 )
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
+from sglang.multimodal_gen.runtime.srt_encoder.early import Early
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import Encode, SrtTextEncoder
 from sglang.multimodal_gen.runtime.srt_encoder.option import placement_of
 from sglang.multimodal_gen.runtime.srt_encoder.placement import (
@@ -102,7 +103,7 @@ def _encode(
         raise ValueError("The parent of this worker started no server for it.")
     if isinstance(placement, Servers):
         timeout = server_args.srt_encoder_timeout
-        return EncodeServers(component, placement.urls, checkpoint, timeout)
+        return Early(EncodeServers(component, placement.urls, checkpoint, timeout))
     # Only where it runs: the import brings in the engine.
     from sglang.srt.encode_only.in_process import InProcessEncoder
 

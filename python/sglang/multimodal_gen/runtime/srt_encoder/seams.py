@@ -127,6 +127,25 @@ DIFFUSION: tuple[Seam, ...] = (
         upstream="the same, over all requests of the group",
     ),
     Seam(
+        target="sglang.multimodal_gen.runtime.managers.scheduler:Scheduler.recv_reqs",
+        kind="around",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.queued:take",
+        parameters=("self",),
+        process="diffusion",
+        reason="What was read while a request denoised comes first.",
+        upstream="a deque in front of the waiting queue",
+    ),
+    Seam(
+        target="sglang.multimodal_gen.runtime.pipelines_core.stages.denoising"
+        ":DenoisingStage.step_profile",
+        kind="after",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.queued:look",
+        parameters=("self",),
+        process="diffusion",
+        reason="Prompts that wait are encoded meanwhile, where the encoder is on a server.",
+        upstream="a callback of the scheduler at the end of a denoising step",
+    ),
+    Seam(
         target="sglang.multimodal_gen.runtime.post_training.weights_updater"
         ":WeightsUpdater._collect_modules",
         kind="after",

@@ -9,18 +9,64 @@ answers are there or under way. What its caches hold is not asked for.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from sglang.multimodal_gen.runtime.distributed import get_local_torch_device
+from sglang.multimodal_gen.runtime.srt_encoder.early import Early
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import SrtTextEncoder
+from sglang.srt.encode_only.request import EncodeInput
 
 if TYPE_CHECKING:
     from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
     from sglang.multimodal_gen.runtime.pipelines_core.stages.text_encoding import TextEncodingStage
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
+
+class _Setting(NamedTuple):
+    """In what a stage encodes; part of it is in the keys of its cache."""
+
+    stage: TextEncodingStage
+    server_args: ServerArgs
+    inference: bool
+    autocast: dict[str, tuple[bool, torch.dtype]]
+
+    @classmethod
+    def of(cls, stage: TextEncodingStage, server_args: ServerArgs) -> _Setting:
+        return cls(stage, server_args, torch.is_inference_mode_enabled(), _autocast())
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Within this it is as it was, but that no component is moved between devices."""
+        manager = self.stage._component_residency_manager
+        self.stage.set_component_residency_manager(None)
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.inference_mode(self.inference))
+                stack.enter_context(torch.no_grad())
+                for device, now in _autocast().items():
+                    enabled, dtype = then = self.autocast[device]
+                    if now != then:
+                        stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+                if get_local_torch_device().type == "cuda":
+                    # Where token ids come back without waiting for the step that is computed.
+                    stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
+                yield
+        finally:
+            self.stage.set_component_residency_manager(manager)
+
+
+def _autocast() -> dict[str, tuple[bool, torch.dtype]]:
+    return {
+        device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in ("cuda", "cpu")
+    }
+
+
+_last: _Setting | None = None
 _asked: ContextVar[bool] = ContextVar("asked", default=False)
 _callers = ThreadPoolExecutor(8, "srt-encoders")
 
@@ -48,7 +94,9 @@ def group(
 def _together(
     stage: TextEncodingStage, batches: list[Req], server_args: ServerArgs
 ) -> Iterator[None]:
-    encoders = {i: e for i, e in enumerate(stage.text_encoders) if isinstance(e, SrtTextEncoder)}
+    global _last
+    _last = _Setting.of(stage, server_args)
+    encoders = _encoders(stage)
     prompts = sum(1 + bool(batch.do_classifier_free_guidance) for batch in batches)
     if _asked.get() or prompts * len(encoders) < 2:
         yield
@@ -64,6 +112,33 @@ def _together(
             yield
     finally:
         _asked.reset(token)
+
+
+def _encoders(stage: TextEncodingStage) -> dict[int, SrtTextEncoder]:
+    """Those on srt, by their places in the stage."""
+    return {i: e for i, e in enumerate(stage.text_encoders) if isinstance(e, SrtTextEncoder)}
+
+
+def elsewhere() -> dict[int, Early]:
+    """Those of the stage that encoded last that are on servers, and are asked by this rank."""
+    encoders = _encoders(_last.stage) if _last is not None else {}
+    return {i: e.encode for i, e in encoders.items() if isinstance(e.encode, Early)}
+
+
+def lead(batches: list[Req], indexes: Iterable[int]) -> list[list[EncodeInput]]:
+    """What each of these encoders would be asked for `batches`, by the stage that encoded last.
+
+    What its cache has is not, whether or not the encoder's weights are still the same.
+    """
+    assert _last is not None, "No stage has encoded yet. This is a bug."
+    noted = []
+    with _last.again():
+        for i in indexes:
+            with _encoders(_last.stage)[i].noting(settled=True) as inputs:
+                for batch in batches:
+                    _lead_through(_last.stage, batch, _last.server_args, i)
+            noted.append(inputs)
+    return noted
 
 
 def _lead_through(

@@ -1,0 +1,81 @@
+"""Encoders on servers, asked before the stage asks them: `queued.py` knows what it will want."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future
+
+from sglang.multimodal_gen.runtime.srt_encoder.encoder import Encode, InputRefused, Key, key_of
+from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
+from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
+
+
+class _Call:
+    """Inputs that are being encoded, in a thread that ends with the process."""
+
+    def __init__(self, encode: Encode, inputs: list[EncodeInput]):
+        self._encode = encode
+        self._future: Future[dict[Key, EncodeOutput]] = Future()
+        threading.Thread(target=self._run, args=(inputs,), daemon=True).start()
+
+    def _run(self, inputs: list[EncodeInput]) -> None:
+        try:
+            outputs = self._encode(inputs)
+            self._future.set_result(dict(zip(map(key_of, inputs), outputs, strict=True)))
+        except Exception as error:
+            self._future.set_exception(error)
+
+    def output(self, key: Key) -> EncodeOutput | None:
+        """None where it is to be asked for anew: one of the inputs was refused, or it failed before
+        anybody waited for it.
+
+        Raises:
+            Exception: it fails now.
+        """
+        over = self._future.done()
+        try:
+            return self._future.result()[key]
+        except Exception as error:
+            if over or isinstance(error, InputRefused):
+                return None
+            raise
+
+
+class Early:
+    """An encoder on servers that can be told what will be asked of it. Threads may share it."""
+
+    elsewhere = True
+
+    def __init__(self, servers: EncodeServers):
+        self._servers = servers
+        self._calls: dict[Key, _Call] = {}
+        self._lock = threading.Lock()
+
+    def changed(self) -> bool:
+        return self._servers.changed()
+
+    def begin(self, inputs: list[EncodeInput]) -> list[Key]:
+        """Starts to encode what is not under way; what is called for once is kept no longer."""
+        with self._lock:
+            new = {key_of(one): one for one in inputs if key_of(one) not in self._calls}
+            if new:
+                call = _Call(self._servers, [*new.values()])
+                self._calls.update(dict.fromkeys(new, call))
+        return [*new]
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        with self._lock:
+            for key in keys:
+                self._calls.pop(key, None)
+
+    def __call__(self, inputs: list[EncodeInput]) -> list[EncodeOutput]:
+        """As of EncodeServers."""
+        keys = [key_of(one) for one in inputs]
+        with self._lock:
+            calls = {key: self._calls.pop(key) for key in {*keys} & {*self._calls}}
+        outputs = {key: call.output(key) for key, call in calls.items()}
+        rest = {key: one for key, one in zip(keys, inputs, strict=True) if outputs.get(key) is None}
+        if rest:
+            outputs.update(zip(rest, self._servers([*rest.values()]), strict=True))
+        return [output for key in keys if (output := outputs[key]) is not None]

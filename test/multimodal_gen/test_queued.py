@@ -1,0 +1,175 @@
+"""While one picture is denoised, what waits behind it is encoded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from relay import Relay
+from service import TIMEOUT, Service
+from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
+from sglang.multimodal_gen.runtime.srt_encoder.early import Early
+from sglang.multimodal_gen.runtime.srt_encoder.encoder import InputRefused
+from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
+from sglang.srt.encode_only.local_server import LocalServer
+from sglang.srt.encode_only.request import EncodeInput
+
+LONG = 1000
+"""Steps that take seconds."""
+
+
+class Line:
+    """Requests of a service, one after another.
+
+    Attributes:
+        made: what each will be answered.
+    """
+
+    def __init__(self, service: Service, pool: ThreadPoolExecutor):
+        self.service = service
+        self.pool = pool
+        self.made: list[Future[httpx.Response]] = []
+
+    def join(self, prompt: str, steps: int = 2) -> Future[httpx.Response]:
+        self.made.append(
+            self.pool.submit(self.service.generate, prompt=prompt, num_inference_steps=steps)
+        )
+        return self.made[-1]
+
+    def wait_for(self, encodes: int) -> None:
+        """Until there were so many, while the first picture is still being made."""
+        while self.service.relay.encodes < encodes:
+            assert not self.made[0].done(), "It was not encoded meanwhile."
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def line(service: Service) -> Iterator[Line]:
+    with ThreadPoolExecutor(8) as pool:
+        yield Line(service, pool)
+
+
+def test_prompts_that_wait_are_encoded_once_and_meanwhile(
+    line: Line, service: Service, flux_server: LocalServer
+):
+    with service.relay.to(flux_server.url):
+        alone = service.picture(prompt="a kite over the dunes")
+        before = service.relay.encodes
+        first = line.join("a heron in the reeds", LONG)
+        line.wait_for(before + 1)
+        others = [line.join(f"a kite over the sea, number {i}") for i in range(3)]
+        again = line.join("a kite over the dunes")
+        line.wait_for(before + 4)
+        assert not first.done()
+        pictures = [Service.pixels(made.result()) for made in (*others, again)]
+        assert first.result().status_code == 200
+        assert service.relay.encodes == before + 4
+        for i, picture in enumerate(pictures[:3]):
+            same = service.picture(prompt=f"a kite over the sea, number {i}")
+            assert np.abs(picture - same).max() <= 1
+    assert np.abs(pictures[3] - alone).max() <= 1
+
+
+def test_what_failed_meanwhile_is_asked_for_again(
+    line: Line, service: Service, flux_server: LocalServer
+):
+    with service.relay.to(flux_server.url):
+        before = service.relay.encodes
+        first = line.join("a lighthouse before the storm", LONG)
+        line.wait_for(before + 1)
+    waiting = line.join("a lighthouse after the storm")
+    time.sleep(1)
+    assert not first.done(), "Too few steps for this test."
+    with service.relay.to(flux_server.url):
+        assert first.result().status_code == waiting.result().status_code == 200
+
+
+def test_a_server_that_hangs_meanwhile(line: Line, service: Service, flux_server: LocalServer):
+    with service.relay.to(flux_server.url):
+        before = service.relay.encodes
+        first = line.join("a mill by the river", LONG)
+        line.wait_for(before + 1)
+    with service.relay.silent():
+        start = time.monotonic()
+        waiting = line.join("a mill in ruins")
+        assert first.result().status_code == 200
+        response = waiting.result()
+        assert response.status_code == 503
+        assert "text_encoder_2" in response.json()["error"]["message"]
+        assert service.relay.url in response.json()["error"]["message"]
+        assert time.monotonic() - start < 3 * TIMEOUT + 30
+    with service.relay.to(flux_server.url):
+        service.picture(prompt="a mill in ruins")
+
+
+def test_nothing_is_encoded_ahead_of_an_update_of_weights(
+    line: Line, service: Service, flux_server: LocalServer, flux: Path
+):
+    with service.relay.to(flux_server.url):
+        before = service.relay.encodes
+        first = line.join("a ferry at noon", LONG)
+        line.wait_for(before + 1)
+        second = line.join("a ferry at dusk", LONG)
+        line.wait_for(before + 2)
+        update = line.pool.submit(
+            service.update_weights, model_path=str(flux), target_modules=["transformer"]
+        )
+        time.sleep(0.3)
+        third = line.join("a ferry at night")
+        assert first.result().status_code == 200
+        assert service.relay.encodes == before + 2
+        assert second.result().status_code == 200
+        assert update.result()["success"] is True
+        assert third.result().status_code == 200
+        assert service.relay.encodes == before + 3
+
+
+@pytest.fixture
+def relay(t5_server: LocalServer) -> Iterator[Relay]:
+    relay = Relay()
+    with relay.to(t5_server.url):
+        yield relay
+
+
+@pytest.fixture
+def early(relay: Relay, t5_folder: Path) -> Early:
+    checkpoint = Checkpoint.read(str(t5_folder))
+    return Early(EncodeServers("text_encoder_2", [relay.url], checkpoint, TIMEOUT))
+
+
+def inputs(*numbers: int) -> list[EncodeInput]:
+    return [EncodeInput(token_ids=[number, number + 1, 1]) for number in numbers]
+
+
+def test_outputs_are_those_of_their_inputs(early: Early, relay: Relay) -> None:
+    mixed = inputs(5, 80, 7, 300, 5)
+    late = EncodeServers("text_encoder_2", [relay.url], early._servers.expected, TIMEOUT)(mixed)
+    begun = early.begin(inputs(7, 80, 7))
+    assert len(begun) == 2 and not early.begin(inputs(80)), "It is under way."
+    for found, expected in zip(early(mixed), late, strict=True):
+        for layer, states in expected.hidden_states.items():
+            assert (found.hidden_states[layer] - states).abs().max() < 1e-5
+
+
+def test_what_was_asked_for_or_forgotten_is_not_kept(early: Early, relay: Relay) -> None:
+    early.begin(inputs(5))
+    early(inputs(5))
+    assert relay.encodes == 1
+    early(inputs(5))
+    assert relay.encodes == 2
+    early.forget(early.begin(inputs(5)))
+    early(inputs(5))
+    assert relay.encodes == 4
+
+
+def test_a_refused_input_fails_for_itself(early: Early) -> None:
+    good, bad = inputs(5), [EncodeInput(token_ids=[10**6])]
+    early.begin([*good, *bad])
+    assert len(early(good)) == 1
+    with pytest.raises(InputRefused, match="1000000"):
+        early(bad)
