@@ -54,6 +54,7 @@ def make(asked: Recorded) -> Callable[[torch.dtype], SrtTextEncoder]:
             checkpoint=Checkpoint.read(asked.encoder.info.model),
             reads=Reads(last=True),
             dtype=dtype,
+            elsewhere=False,
         )
         return encoder.eval()
 

@@ -41,6 +41,14 @@ class Line:
         )
         return self.made[-1]
 
+    def start(self, prompt: str) -> Future[httpx.Response]:
+        """A long one, which is encoded and is being denoised."""
+        encodes = self.service.relay.encodes + 1
+        made = self.join(prompt, LONG)
+        self.wait_for(encodes)
+        time.sleep(0.5)  # For the answer, a few milliseconds.
+        return made
+
     def wait_for(self, encodes: int) -> None:
         """Until there were so many, while the first picture is still being made."""
         while self.service.relay.encodes < encodes:
@@ -79,9 +87,7 @@ def test_what_failed_meanwhile_is_asked_for_again(
     line: Line, service: Service, flux_server: LocalServer
 ):
     with service.relay.to(flux_server.url):
-        before = service.relay.encodes
-        first = line.join("a lighthouse before the storm", LONG)
-        line.wait_for(before + 1)
+        first = line.start("a lighthouse before the storm")
     waiting = line.join("a lighthouse after the storm")
     time.sleep(1)
     assert not first.done(), "Too few steps for this test."
@@ -91,9 +97,7 @@ def test_what_failed_meanwhile_is_asked_for_again(
 
 def test_a_server_that_hangs_meanwhile(line: Line, service: Service, flux_server: LocalServer):
     with service.relay.to(flux_server.url):
-        before = service.relay.encodes
-        first = line.join("a mill by the river", LONG)
-        line.wait_for(before + 1)
+        first = line.start("a mill by the river")
     with service.relay.silent():
         start = time.monotonic()
         waiting = line.join("a mill in ruins")
@@ -119,7 +123,7 @@ def test_nothing_is_encoded_ahead_of_an_update_of_weights(
         update = line.pool.submit(
             service.update_weights, model_path=str(flux), target_modules=["transformer"]
         )
-        time.sleep(0.3)
+        time.sleep(1)
         third = line.join("a ferry at night")
         assert first.result().status_code == 200
         assert service.relay.encodes == before + 2
@@ -165,6 +169,21 @@ def test_what_was_asked_for_or_forgotten_is_not_kept(early: Early, relay: Relay)
     early.forget(early.begin(inputs(5)))
     early(inputs(5))
     assert relay.encodes == 4
+
+
+def test_what_has_other_weights_by_now_is_not_used(
+    early: Early, relay: Relay, t5_server: LocalServer, t5_folder: Path
+) -> None:
+    early(inputs(80))
+    early.begin(inputs(5))
+    while relay.encodes < 2:
+        time.sleep(0.01)
+    url = f"{t5_server.url}/update_weights_from_disk"
+    answer = httpx.post(url, json={"model_path": str(t5_folder)}, timeout=60)
+    assert answer.json()["success"] is True, answer.text
+    assert early.changed()
+    early(inputs(5))
+    assert relay.encodes == 3
 
 
 def test_a_refused_input_fails_for_itself(early: Early) -> None:

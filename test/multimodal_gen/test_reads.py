@@ -88,6 +88,7 @@ def make(qwen) -> Make:
             checkpoint=Checkpoint.read(str(qwen[0])),
             reads=Reads(**reads),
             dtype=torch.float32,
+            elsewhere=False,
         )
         return encoder.eval(), asked
 
@@ -189,6 +190,7 @@ def test_a_pooled_vector_alone_takes_no_token_after_the_end(eos: int, tmp_path: 
         checkpoint=Checkpoint.read(str(tmp_path)),
         reads=Reads(pooled=True),
         dtype=torch.float32,
+        elsewhere=False,
     )
     ids = torch.tensor([[58, 5, 6, 59, 59, 59], [58, 7, 59, 59, 59, 59]])
     out = encoder(input_ids=ids)

@@ -45,6 +45,14 @@ def test_a_weight_update_of_an_encoder_on_srt_is_refused(
     assert "text_encoder" in said["message"] and "on srt: the weights are not" in said["message"]
 
 
+def test_sleep_is_refused_where_an_encoder_stays(service: Service, flux_server: LocalServer):
+    answer = httpx.post(f"{service.url}/release_memory_occupation", timeout=60)
+    assert answer.status_code == 400 and answer.json()["sleeping"] is False, answer.text
+    assert "text_encoder on srt in the worker" in answer.json()["message"]
+    with service.relay.to(flux_server.url):
+        service.picture(prompt="wide awake")
+
+
 def test_a_weight_update_empties_the_conditioning_cache(
     service: Service, flux_server: LocalServer, flux: Path
 ):

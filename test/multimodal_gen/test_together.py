@@ -24,9 +24,8 @@ WAIT = 60.0
 class Asked:
     """Who encodes for one component, and what it was asked."""
 
-    def __init__(self, folder: Path, elsewhere: bool, meeting: threading.Barrier | None = None):
+    def __init__(self, folder: Path, meeting: threading.Barrier | None = None):
         self.encoder = InProcessEncoder(str(folder), dtype=torch.float32, device="cpu")
-        self.elsewhere = elsewhere
         self.meeting = meeting
         self.calls: list[int] = []
 
@@ -57,7 +56,7 @@ class Stage:
             FAMILIES["SD3"].components, config.text_encoder_configs, strict=True
         ):
             checkpoint = Checkpoint.read(str(folder / component))
-            self.asked.append(Asked(folder / component, elsewhere, meeting))
+            self.asked.append(Asked(folder / component, meeting))
             encoder = SrtTextEncoder(
                 native,
                 component=component,
@@ -65,6 +64,7 @@ class Stage:
                 checkpoint=checkpoint,
                 reads=reads_of(config, component),
                 dtype=torch.float32,
+                elsewhere=elsewhere,
             )
             encoders.append(encoder.eval())
         tokenizers = [

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 
-from sglang.multimodal_gen.runtime.srt_encoder.encoder import Encode, InputRefused, Key, key_of
+from sglang.multimodal_gen.runtime.srt_encoder.encoder import InputRefused, Key, key_of
 from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
 
@@ -14,38 +14,38 @@ from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
 class _Call:
     """Inputs that are being encoded, in a thread that ends with the process."""
 
-    def __init__(self, encode: Encode, inputs: list[EncodeInput]):
-        self._encode = encode
+    def __init__(self, servers: EncodeServers, inputs: list[EncodeInput]):
+        self._servers = servers
+        self._updates = servers.updates
         self._future: Future[dict[Key, EncodeOutput]] = Future()
         threading.Thread(target=self._run, args=(inputs,), daemon=True).start()
 
     def _run(self, inputs: list[EncodeInput]) -> None:
         try:
-            outputs = self._encode(inputs)
+            outputs = self._servers(inputs)
             self._future.set_result(dict(zip(map(key_of, inputs), outputs, strict=True)))
         except Exception as error:
             self._future.set_exception(error)
 
     def output(self, key: Key) -> EncodeOutput | None:
-        """None where it is to be asked for anew: one of the inputs was refused, or it failed before
-        anybody waited for it.
+        """None where it is to be asked for anew: one of the inputs was refused, it failed before
+        anybody waited for it, or weights have changed since.
 
         Raises:
             Exception: it fails now.
         """
         over = self._future.done()
         try:
-            return self._future.result()[key]
+            output = self._future.result()[key]
         except Exception as error:
             if over or isinstance(error, InputRefused):
                 return None
             raise
+        return output if self._servers.updates == self._updates else None
 
 
 class Early:
     """An encoder on servers that can be told what will be asked of it. Threads may share it."""
-
-    elsewhere = True
 
     def __init__(self, servers: EncodeServers):
         self._servers = servers

@@ -112,6 +112,7 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         checkpoint: the encoder's shapes.
         reads: what the pipeline takes of the output; nothing else is in it.
         dtype: of what the pipeline gets, whatever dtype the encoder computes in.
+        elsewhere: whether it is encoded on servers, and not on the device of this worker.
         group: the ranks that encode the same prompts; one asks and gives the others the answer.
             None where there is one rank.
     """
@@ -128,9 +129,11 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         checkpoint: Checkpoint,
         reads: Reads,
         dtype: torch.dtype,
+        elsewhere: bool,
         group: GroupCoordinator | None = None,
     ):
         super().__init__()
+        self.elsewhere = elsewhere
         self.config = config
         self.component = component
         self.checkpoint = checkpoint
@@ -231,8 +234,7 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         """
         self._settled = True
         if self._encode is not None and inputs:
-            elsewhere = getattr(self._encode, "elsewhere", False)
-            self._ahead = Ahead(self._encode, inputs, executor if elsewhere else None)
+            self._ahead = Ahead(self._encode, inputs, executor if self.elsewhere else None)
         try:
             yield
         finally:

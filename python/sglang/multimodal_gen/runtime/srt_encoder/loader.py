@@ -86,6 +86,7 @@ class SrtTextEncoderLoader(TextEncoderLoader):
             checkpoint=checkpoint,
             reads=reads_of(server_args.pipeline_config, component),
             dtype=dtype,
+            elsewhere=isinstance(placement, Servers),
             group=group,
         )
 

@@ -149,10 +149,20 @@ DIFFUSION: tuple[Seam, ...] = (
         target="sglang.multimodal_gen.runtime.post_training.weights_updater"
         ":WeightsUpdater._collect_modules",
         kind="after",
-        hook="sglang.multimodal_gen.runtime.srt_encoder.weight_updates:refuse_encoders_on_srt",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.weights:refuse_updates",
         parameters=("self", "target_modules"),
         process="diffusion",
         reason="An update would find no weights in an encoder on srt, and report success.",
+        upstream="the same check, there",
+    ),
+    Seam(
+        target="sglang.multimodal_gen.runtime.managers.memory_managers.memory_occupation_controller"
+        ":MemoryOccupationController.release_memory_occupation",
+        kind="around",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.weights:refuse_sleep",
+        parameters=("self",),
+        process="diffusion",
+        reason="Sleep would leave an encoder on srt where it is, and report success.",
         upstream="the same check, there",
     ),
     Seam(

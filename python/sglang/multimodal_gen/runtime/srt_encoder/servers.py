@@ -66,10 +66,8 @@ class EncodeServers:
         timeout: seconds that a server has for an answer.
 
     Attributes:
-        elsewhere: that it computes nothing on this process's device.
+        updates: how many times a server was seen to have other weights than before.
     """
-
-    elsewhere = True
 
     def __init__(self, component: str, urls: Sequence[str], expected: Checkpoint, timeout: float):
         self.component = component
@@ -81,6 +79,7 @@ class EncodeServers:
         # By URL, as an answer last had it.
         self._weights: dict[str, str] = {}
         self._changed = False
+        self.updates = 0
 
     def changed(self) -> bool:
         """Whether a server has other weights than at the last call of this, as far as they say."""
@@ -163,7 +162,9 @@ class EncodeServers:
         with self._lock:
             before = self._weights.setdefault(client.base_url, found.weights)
             self._weights[client.base_url] = found.weights
-            self._changed |= before != found.weights
+            if before != found.weights:
+                self._changed = True
+                self.updates += 1
 
     def _check(self, client: EncoderClient, found: EncoderInfo | None) -> None:
         if found is None:
