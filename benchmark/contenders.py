@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -143,9 +144,41 @@ def transformers(folder: Path, dtype: torch.dtype) -> Iterator[Encode]:
     yield encode
 
 
+@contextlib.contextmanager
+def transformers_sorted(folder: Path, dtype: torch.dtype) -> Iterator[Encode]:
+    """transformers, prompts of similar length together, in as many at a time as was fastest."""
+    with transformers(folder, dtype) as encode:
+        best: dict[int, int] = {}
+
+        def in_parts(batch: list[list[int]], size: int) -> list[torch.Tensor]:
+            order = sorted(range(len(batch)), key=lambda i: len(batch[i]))
+            outputs: dict[int, torch.Tensor] = {}
+            for start in range(0, len(order), size):
+                part = order[start : start + size]
+                outputs.update(zip(part, encode([batch[i] for i in part]), strict=True))
+            return [outputs[i] for i in range(len(batch))]
+
+        def seconds(batch: list[list[int]], size: int) -> float:
+            start = time.perf_counter()
+            in_parts(batch, size)
+            return time.perf_counter() - start
+
+        def fastest(batch: list[list[int]]) -> list[torch.Tensor]:
+            if id(batch) not in best:
+                sizes = [1 << k for k in range(len(batch).bit_length())]
+                best[id(batch)] = min(
+                    sizes, key=lambda size: min(seconds(batch, size) for _ in range(3))
+                )
+            return in_parts(batch, best[id(batch)])
+
+        yield fastest
+
+
 CONTENDERS = {
     "in process": in_process,
     "server": server,
+    "in process, one prompt": in_process,
     "transformers": transformers,
+    "transformers, sorted": transformers_sorted,
     "native": native,
 }

@@ -1,10 +1,11 @@
 """Times encoders against each other and against their matrix products, side by side in one run.
 
     python -m benchmark.encode --shape t5-base --dtype bfloat16 --prompts 16 --tokens 256
+    python -m benchmark.encode --prompts 16 --text PROMPTS.txt
 
-The prompts are ragged for everybody but `transformers`, which gets its best case: as many prompts
-of equal length. Rounds are interleaved, so that a drift of the machine falls on all; the medians
-count.
+Everybody gets the same ragged prompts, but for `transformers`, which gets its best case, as many of
+equal length, and `in process, one prompt`, which gets all their tokens as one. Rounds are
+interleaved, so that a drift of the machine falls on all; the medians count.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ def ragged_lengths(prompts: int, tokens: int, rng: random.Random) -> list[int]:
     cuts = sorted(rng.sample(range(tokens - 2 * prompts + prompts - 1), prompts - 1))
     edges = [-1, *cuts, tokens - 2 * prompts + prompts - 1]
     return [b - a - 1 + 2 for a, b in itertools.pairwise(edges)]
+
+
+def text_lengths(path: Path, prompts: int, rng: random.Random) -> list[int]:
+    """The lengths of `prompts` lines, as one token for every four characters and one for the end.
+
+    An estimate: a model of random weights has no tokenizer.
+    """
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    return [min(512, -(-len(line) // 4) + 1) for line in rng.sample(lines, prompts)]
 
 
 def token_ids(lengths: list[int], rng: random.Random) -> list[list[int]]:
@@ -78,24 +88,40 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256, help="of all prompts together")
+    parser.add_argument(
+        "--text", type=Path, help="a file of prompts, a line each, for their lengths"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--slow-rounds", type=int, default=1, help="of the native encoder")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=["in process", "server", "transformers", "native"],
+    )
     parser.add_argument("--folder", type=Path, help="keeps the checkpoint for another run")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     dtype = getattr(torch, args.dtype)
     rng = random.Random(args.seed)
-    ragged = token_ids(ragged_lengths(args.prompts, args.tokens, rng), rng)
+    if args.text is not None:
+        lengths = text_lengths(args.text, args.prompts, rng)
+        args.tokens = sum(lengths)
+    else:
+        lengths = ragged_lengths(args.prompts, args.tokens, rng)
+    ragged = token_ids(lengths, rng)
     equal = token_ids([args.tokens // args.prompts] * args.prompts, rng)
-    batches = {name: equal if name == "transformers" else ragged for name in args.contenders}
+    whole = token_ids([args.tokens], rng)
+    own = {"transformers": equal, "in process, one prompt": whole}
+    batches = {name: own.get(name, ragged) for name in args.contenders}
 
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         checkpoint = shapes.write(args.shape, folder, dtype)
         with CONTENDERS["transformers"](checkpoint, torch.float32) as reference:
-            expected = {id(batch): reference(batch) for batch in (ragged, equal)}
+            asked = {id(batch): batch for batch in batches.values()}
+            expected = {key: reference(batch) for key, batch in asked.items()}
 
         runs: dict[str, Callable[[], object]] = {}
         errors: dict[str, float] = {}
@@ -118,9 +144,8 @@ def main() -> None:
     flops = 2 * args.tokens * sum(a * b for a, b in shapes.products(args.shape))
     medians = {name: statistics.median(values) for name, values in times.items()}
     best = min(value for name, value in medians.items() if name.startswith("products"))
-    lengths = sorted(map(len, ragged))
     print(
-        f"\n{args.shape}, {args.dtype}, {args.prompts} prompts of {lengths[0]} to {lengths[-1]} "
+        f"\n{args.shape}, {args.dtype}, {args.prompts} prompts of {min(lengths)} to {max(lengths)} "
         f"tokens, {args.tokens} in all\n{cpu_name()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}\n"
     )
@@ -133,10 +158,10 @@ def main() -> None:
             f"| {name} | {median * 1e3:.1f} | {min(values) * 1e3:.1f}–{max(values) * 1e3:.1f} "
             f"| {median / best:.2f} | {flops / median / 1e9:.0f} | {error} |"
         )
-    if "native" in medians:
+    for other in ("native", "transformers, sorted", "in process, one prompt"):
         for name in ("in process", "server"):
-            if name in medians:
-                print(f"\nnative / {name}: {medians['native'] / medians[name]:.0f}")
+            if other in medians and name in medians:
+                print(f"\n{other} / {name}: {medians[other] / medians[name]:.3g}")
 
 
 if __name__ == "__main__":
