@@ -11,8 +11,9 @@ import torch
 from sglang.srt.encode_only.in_process import pack
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
 from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
+from sglang.srt.layers.attention.encode_only.packed_backend import PackedBackend, Reach
 from sglang.srt.layers.attention.encode_only.reference import reference_attention
-from sglang.srt.layers.attention.encode_only.sdpa import LENGTH_STEP, Reach, SdpaBackend
+from sglang.srt.layers.attention.encode_only.sdpa import LENGTH_STEP, SdpaBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.runtime_context import get_parallel
@@ -47,6 +48,7 @@ def attend_both_ways(
     with_bias: bool = True,
     logit_cap: float = 0.0,
     window: int = -1,
+    backend_type: type[PackedBackend] = SdpaBackend,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the backend computes for random queries, keys and values, and what float64 does."""
     kv_heads = kv_heads or heads
@@ -72,7 +74,7 @@ def attend_both_ways(
         CPU,
     )
     runner = SimpleNamespace(device=CPU, model_config=SimpleNamespace(num_attention_heads=heads))
-    backend = SdpaBackend(runner)
+    backend = backend_type(runner)
     backend.init_forward_metadata(batch)
     with forward_context(ForwardContext(backend), forward_batch=batch):
         out = layer(q, k, v, batch, save_kv_cache=False, position_bias=bias)

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sglang.srt.encode_only.packing import segments_of
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import AttentionType
+from sglang.srt.layers.attention.encode_only.packed_backend import PackedBackend, Reach, Runner
 from sglang.srt.runtime_context import get_parallel
 
 if TYPE_CHECKING:
@@ -45,25 +44,6 @@ class Sequences(NamedTuple):
 
     def of(self, members: Sequence[int]) -> Sequences:
         return Sequences(*([values[i] for i in members] for values in self))
-
-
-class Reach(NamedTuple):
-    """Which keys of its sequence a query sees.
-
-    Attributes:
-        causal: none after its own position.
-        window: how far back, in tokens; None for all. A bidirectional one looks as far ahead.
-    """
-
-    causal: bool = False
-    window: int | None = None
-
-    def hides(self, distances: np.ndarray) -> np.ndarray:
-        """Where a key is out of reach, by its position less the query's."""
-        hidden = distances > 0 if self.causal else np.zeros(distances.shape, dtype=bool)
-        if self.window is not None:
-            hidden |= np.abs(distances) > self.window
-        return hidden
 
 
 class Group(Protocol):
@@ -272,41 +252,16 @@ class BatchPlan:
         return self._masks[reach]
 
 
-class Runner(Protocol):
-    """What the backend reads of srt's ModelRunner."""
-
-    device: Any
-    model_config: Any
-
-
-class SdpaBackend(AttentionBackend):
-    """Attention of packed sequences within themselves.
-
-    Layers of type ENCODER_ONLY see every key of their sequence, and DECODER layers see the keys
-    up to their own position, in a layer with a sliding window those that far back; the keys of a
-    request are the first `attend` of its tokens.
-    """
+class SdpaBackend(PackedBackend):
+    """Few calls of `scaled_dot_product_attention`, by the plan of the batch."""
 
     def __init__(self, model_runner: Runner):
-        super().__init__()
-        self.device = torch.device(model_runner.device)
+        super().__init__(model_runner)
         self.heads = model_runner.model_config.num_attention_heads // get_parallel().tp_size
-        self.plan = BatchPlan([], [], self.heads, self.device)
-        # Models look for them here, and do without.
-        self.token_to_kv_pool = self.req_to_token_pool = None
+        self.take([], [])
 
-    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        inputs = [one for request in segments_of(forward_batch) for one in request]
-        attend = [
-            length if spec is None or spec.attend is None else spec.attend
-            for length, spec in inputs
-        ]
-        self.plan = BatchPlan([one.length for one in inputs], attend, self.heads, self.device)
-
-    def forward_decode(self, *args, **kwargs):
-        raise ValueError(
-            "The encode_only attention backend encodes whole prompts; it cannot decode."
-        )
+    def take(self, lengths: Sequence[int], attend: Sequence[int]) -> None:
+        self.plan = BatchPlan(lengths, attend, self.heads, self.device)
 
     def forward_extend(  # type: ignore[override]
         self,
@@ -331,12 +286,7 @@ class SdpaBackend(AttentionBackend):
         plan = self.plan
         if not plan.groups:
             return q.new_empty(0, layer.tp_q_head_num * layer.v_head_dim)
-        window = layer.sliding_window_size
-        reach = Reach(
-            causal=layer.attn_type == AttentionType.DECODER,
-            window=window if 0 <= window < plan.longest - 1 else None,
-        )
-        masks = plan.masks(position_bias, reach)
+        masks = plan.masks(position_bias, Reach.of(layer).within(plan.longest))
         q_rhd, k_rhd, v_rhd = (
             x.index_select(0, rows).view(len(rows), -1, head_dim)
             for x, rows, head_dim in (

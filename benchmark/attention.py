@@ -1,0 +1,127 @@
+"""Times the fused attention kernel against torch's, for the heads of T5-XXL on a CUDA GPU.
+
+    python -m benchmark.attention
+
+Sequences are of equal length, which is the best case of torch's attention: it pads. A bias makes
+it read, for every layer, a matrix of `length × length` for each head, which is made beforehand
+here. Rounds are interleaved, so that a drift of the GPU falls on all; the medians count.
+
+It needs torch and triton alone: no sglang, and no weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+# Where sglang-encoder is not installed, the checkout's kernel is found by itself.
+sys.path.append(str(Path(__file__).parents[1] / "python"))
+from sglang.srt.layers.attention.encode_only.triton_kernel import BIAS_MARGIN, packed_attention
+
+HEADS, HEAD_DIM = 64, 64
+# T5's biases are alike from this distance on.
+MAX_DISTANCE = 128
+TOLERANCE = 1e-2
+"""Largest difference of the results relative to their norm: both round to bfloat16."""
+
+
+def contenders(length: int, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """What is compared, by name; each gives `[batch * length, HEADS, HEAD_DIM]` bfloat16."""
+    tokens = batch * length
+    reach = MAX_DISTANCE + BIAS_MARGIN
+    distances = torch.arange(-reach, reach + 1, device="cuda").clamp(-MAX_DISTANCE, MAX_DISTANCE)
+    values = torch.randn(HEADS, 2 * MAX_DISTANCE + 1, device="cuda")
+    bias = values[:, distances + MAX_DISTANCE].contiguous()
+    positions = torch.arange(length, device="cuda")
+    apart = (positions[None, :] - positions[:, None]).clamp(-reach, reach)
+    full_bias = bias[None, :, apart + reach].to(torch.bfloat16)
+
+    # T5 does not divide its scores: weights are such that they are of this size.
+    scaling = HEAD_DIM**-0.5
+    qkv = torch.randn(tokens, 3 * HEADS * HEAD_DIM, device="cuda").to(torch.bfloat16)
+    packed = [x.view(tokens, HEADS, HEAD_DIM) for x in qkv.chunk(3, dim=1)]
+    padded = [x.view(batch, length, HEADS, HEAD_DIM).transpose(1, 2) for x in packed]
+    starts = torch.arange(0, tokens + 1, length, dtype=torch.int32, device="cuda")
+    attend = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+
+    def kernel(bias: torch.Tensor | None) -> torch.Tensor:
+        return packed_attention(*packed, starts, attend, scaling=scaling, bias=bias)
+
+    def sdpa(mask: torch.Tensor | None) -> torch.Tensor:
+        out = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scaling)
+        return out.transpose(1, 2).reshape(tokens, HEADS, HEAD_DIM)
+
+    return {
+        "kernel, bias": lambda: kernel(bias),
+        "SDPA, bias": lambda: sdpa(full_bias),
+        "kernel": lambda: kernel(None),
+        "SDPA": lambda: sdpa(None),
+    }
+
+
+def check(runs: dict[str, Callable[[], torch.Tensor]]) -> None:
+    """
+    Raises:
+        SystemExit: the kernel and torch disagree.
+    """
+    for ours, theirs in (("kernel, bias", "SDPA, bias"), ("kernel", "SDPA")):
+        expected = runs[theirs]().double()
+        error = ((runs[ours]().double() - expected).norm() / expected.norm()).item()
+        # Nor is a NaN.
+        if not error < TOLERANCE:
+            raise SystemExit(f"“{ours}” and “{theirs}” differ by {error:.1e}.")
+
+
+def clock(run: Callable[[], object], repeats: int) -> float:
+    """Microseconds on the GPU a call, over `repeats` of them back to back."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 77])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=20, help="calls timed together")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmark.attention needs a CUDA GPU, and torch finds none.")
+
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16, ", end="")
+    print(f"{HEADS} heads of {HEAD_DIM}; medians of {args.rounds}, in µs\n")
+    heading = ["tokens", "batch", *contenders(1, 1), "SDPA / kernel, bias", "bias / none"]
+    print("|", " | ".join(heading), "|")
+    print("|" + "---|" * len(heading))
+    for length in args.lengths:
+        for batch in args.batches:
+            runs = contenders(length, batch)
+            check(runs)
+            for run in runs.values():
+                clock(run, args.repeats)
+            rounds = [
+                [clock(run, args.repeats) for run in runs.values()] for _ in range(args.rounds)
+            ]
+            times = dict(zip(runs, (statistics.median(column) for column in zip(*rounds))))
+            ratios = (
+                times["SDPA, bias"] / times["kernel, bias"],
+                times["kernel, bias"] / times["kernel"],
+            )
+            cells = [f"{t:.1f}" for t in times.values()] + [f"{ratio:.2f}" for ratio in ratios]
+            print("|", " | ".join([str(length), str(batch), *cells]), "|")
+
+
+if __name__ == "__main__":
+    main()

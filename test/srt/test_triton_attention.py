@@ -1,0 +1,369 @@
+"""The fused attention kernel and its backend, against float64, on a CPU.
+
+triton's interpreter has to be chosen before triton is imported, and leaves traces; so what runs
+the kernel, the functions named `check_…`, does so in a process of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import multiprocessing
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sglang.srt.layers.attention.encode_only import triton_kernel
+from sglang.srt.layers.attention.encode_only.reference import reference_attention
+from sglang.srt.layers.attention.encode_only.triton_backend import TritonEncodeBackend
+from sglang.srt.layers.attention.encode_only.triton_kernel import (
+    BIAS_MARGIN,
+    MAX_HEAD_DIM,
+    SEARCH,
+    blocks_for,
+    packed_attention,
+)
+from sglang.srt.runtime_context import get_parallel
+from test_encode_attention import (
+    CPU,
+    TOLERANCE,
+    assert_rows_close,
+    attend_both_ways,
+    one_rank,
+    random_bias,
+)
+
+__all__ = ["one_rank"]
+
+GUARD = 70
+"""Rows before and after those of a batch: not to be read, not to be written."""
+
+
+def teach_bfloat16() -> None:
+    """numpy has no bfloat16: triton's interpreter multiplies its bits, and cuts where it should
+    round. torch can do both."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def convert_float(values, source, target, rounding):
+        if {source, target} != {tl.bfloat16, tl.float32}:
+            return convert(values, source, target, rounding)
+        # The bits of bfloat16 are uint16 there.
+        if source == tl.bfloat16:
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    def create_dot(self, a, b, *others):
+        a, b = (
+            self.create_fp_to_fp(x, tl.float32, None) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (a, b)
+        )
+        return dot(self, a, b, *others)
+
+    interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def start_interpreting() -> None:
+    from triton import knobs
+
+    assert knobs.runtime.interpret
+    torch.set_num_threads(1)
+    teach_bfloat16()
+
+
+def on_one_rank(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with get_parallel().override(tp_size=1, tp_rank=0):
+        return function(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """Calls a function of this module where kernels are interpreted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        # Blocks are too small to be worth a second thread.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("OPENBLAS_NUM_THREADS", "1")
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_interpreting)
+        pool.submit(os.getpid).result()
+    with pool:
+        yield lambda *call, **options: pool.submit(on_one_rank, *call, **options).result()
+
+
+def check_kernel(
+    lengths: Sequence[int],
+    seed: int,
+    *,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    head_dim: int = 20,
+    v_head_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    attend: Sequence[int] | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    logit_cap: float = 0.0,
+    buckets: tuple[int, int] | None = None,
+) -> int:
+    """Compares with float64. What is not to be read is NaN, and what is not written stays so.
+
+    Args:
+        buckets: how many, and their largest distance, for a random T5 bias.
+
+    Returns:
+        How many rows see no key.
+    """
+    torch.manual_seed(seed)
+    kv_heads, v_head_dim = kv_heads or heads, v_head_dim or head_dim
+    attend = lengths if attend is None else attend
+    tokens = sum(lengths)
+    widths = (heads * head_dim, kv_heads * head_dim, kv_heads * v_head_dim)
+    guarded_qkv = torch.full((tokens + 2 * GUARD, sum(widths)), float("nan"), dtype=dtype)
+    guarded_out = torch.full((tokens + 2 * GUARD, heads, v_head_dim + 3), float("nan"), dtype=dtype)
+    batch = slice(GUARD, GUARD + tokens)
+    guarded_qkv[batch] = torch.randn(tokens, sum(widths))
+    q, k, v = guarded_qkv[batch].split(widths, dim=1)
+    start = 0
+    for length, keys in zip(lengths, attend, strict=True):
+        for x in (k, v):
+            x[start + keys : start + length] = float("nan")
+        start += length
+    q_thd, k_thd = q.view(tokens, heads, head_dim), k.view(tokens, kv_heads, head_dim)
+    v_thd = v.view(tokens, kv_heads, v_head_dim)
+    out = guarded_out[batch, :, :v_head_dim]
+    bias = random_bias(heads, *buckets) if buckets else None
+    options = {
+        "scaling": head_dim**-0.5,
+        "causal": causal,
+        "window": window,
+        "logit_cap": logit_cap,
+    }
+    result = packed_attention(
+        q_thd,
+        k_thd,
+        v_thd,
+        torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        torch.tensor(attend, dtype=torch.int32),
+        bias=None if bias is None else bias.by_distance(bias.max_distance + BIAS_MARGIN + 1),
+        out=out,
+        **options,
+    )
+    assert result is out
+    expected = reference_attention(
+        q_thd,
+        k_thd,
+        v_thd,
+        lengths,
+        attend=attend,
+        bias=None if bias is None else bias.by_distance(max(lengths)),
+        **options,
+    ).flatten(1)
+    out = out.flatten(1)
+    blind = expected.norm(dim=1) == 0
+    assert not out[blind].any()
+    assert_rows_close(out[~blind], expected[~blind])
+    guarded_out[batch, :, :v_head_dim] = float("nan")
+    assert guarded_out.isnan().all()
+    return int(blind.sum())
+
+
+def check_backend(lengths: Sequence[int], seed: int, **options: Any) -> None:
+    torch.manual_seed(seed)
+    assert_rows_close(
+        *attend_both_ways(lengths, backend_type=TritonEncodeBackend, heads=4, **options)
+    )
+
+
+def edges(head_dim: int, dtype: torch.dtype) -> list[int]:
+    """Lengths around the ends of blocks."""
+    blocks = blocks_for(head_dim, dtype)
+    sizes = {blocks.queries, blocks.keys, blocks.queries + blocks.keys}
+    return sorted({size + step for size in sizes for step in (-1, 0, 1)})
+
+
+def random_attend(lengths: Sequence[int], rng: random.Random) -> list[int]:
+    return [n if rng.random() < 0.5 else rng.randint(min(1, n), n) for n in lengths]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("buckets", [(32, 128), None], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_lengths_around_the_ends_of_blocks(
+    causal: bool, buckets: tuple[int, int] | None, dtype: torch.dtype, seed: int, interpreted
+) -> None:
+    lengths = [1, *edges(20, dtype)]
+    random.Random(seed).shuffle(lengths)
+    interpreted(check_kernel, lengths, seed, dtype=dtype, causal=causal, buckets=buckets)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_ragged_batches_that_attend_to_some(
+    kv_heads: int, dtype: torch.dtype, seed: int, interpreted
+) -> None:
+    rng = random.Random(seed)
+    lengths = [round(200 ** rng.random()) - (rng.random() < 0.2) for _ in range(4)]
+    # As many keys as fill blocks, too.
+    lengths += [150, 70]
+    attend = [*random_attend(lengths[:-2], rng), blocks_for(20, dtype).keys, rng.choice((0, 1))]
+    interpreted(
+        check_kernel,
+        lengths,
+        seed,
+        heads=4,
+        kv_heads=kv_heads,
+        dtype=dtype,
+        attend=attend,
+        causal=rng.random() < 0.5,
+        buckets=(rng.randint(4, 64), rng.randint(17, 200)),
+    )
+
+
+@pytest.mark.parametrize("head_dim", [16, 17, 40, 64, 72, 80, 96, 128, 160, 255, MAX_HEAD_DIM])
+def test_head_sizes(head_dim: int, seed: int, interpreted) -> None:
+    rng = random.Random(seed)
+    dtype = rng.choice(list(TOLERANCE))
+    lengths = rng.sample(edges(head_dim, dtype), 2)
+    interpreted(
+        check_kernel,
+        lengths,
+        seed,
+        head_dim=head_dim,
+        v_head_dim=rng.choice((head_dim, rng.randint(16, MAX_HEAD_DIM))),
+        dtype=dtype,
+        causal=rng.random() < 0.5,
+        buckets=rng.choice((None, (32, 128))),
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("window", [0, 1, 31, 32, 33, 64, 65, 300])
+def test_windows(window: int, causal: bool, seed: int, interpreted) -> None:
+    rng = random.Random(seed)
+    lengths = [round(150 ** rng.random()), window + 1, window + 2, 150]
+    attend = [*random_attend(lengths[:-1], rng), 20]
+    blind = interpreted(
+        check_kernel,
+        lengths,
+        seed,
+        kv_heads=1,
+        dtype=rng.choice(list(TOLERANCE)),
+        attend=attend,
+        window=window,
+        causal=causal,
+        logit_cap=rng.choice((0.0, 3.0)),
+        buckets=rng.choice((None, (32, 128))),
+    )
+    # Of a sequence, those farther behind its last key.
+    assert blind == sum(max(0, n - keys - window) for n, keys in zip(lengths, attend, strict=True))
+
+
+@pytest.mark.parametrize("buckets", [None, (32, 128)], ids=["no-bias", "bias"])
+def test_capped_scores(buckets: tuple[int, int] | None, seed: int, interpreted) -> None:
+    interpreted(
+        check_kernel, [5, 100, 33], seed, kv_heads=1, causal=True, logit_cap=2.0, buckets=buckets
+    )
+
+
+@pytest.mark.parametrize("buckets", [(4, 2), (32, 9), (200, 51), (33, 300), (32, 128)])
+def test_biases_of_keys_far_away(buckets: tuple[int, int], seed: int, interpreted) -> None:
+    interpreted(check_kernel, [1, 330, 64], seed, heads=1, buckets=buckets)
+
+
+def test_more_sequences_than_are_searched_at_once(seed: int, interpreted) -> None:
+    rng = random.Random(seed)
+    lengths = [rng.choice((0, 0, 1, 2)) for _ in range(SEARCH.value + 40)]
+    lengths[rng.randrange(len(lengths))] = 130
+    interpreted(check_kernel, lengths, seed, heads=1, buckets=(32, 128))
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_no_tokens(lengths: list[int]) -> None:
+    q = torch.empty(0, 2, 8)
+    starts, attend = (torch.zeros(n, dtype=torch.int32) for n in (len(lengths) + 1, len(lengths)))
+    out = packed_attention(q, q, torch.empty(0, 2, 5), starts, attend, scaling=1.0)
+    assert out.shape == (0, 2, 5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_the_backend_passes_all_on(
+    causal: bool, dtype: torch.dtype, seed: int, interpreted
+) -> None:
+    rng = random.Random(seed)
+    lengths = [round(150 ** rng.random()) for _ in range(6)]
+    interpreted(
+        check_backend,
+        lengths,
+        seed,
+        kv_heads=rng.choice((1, 2, 4)),
+        dtype=dtype,
+        attend=random_attend(lengths, rng),
+        causal=causal,
+    )
+    # As many keys as rows: each row has some within any window. srt takes 0 for none.
+    interpreted(
+        check_backend,
+        lengths,
+        seed,
+        kv_heads=2,
+        dtype=dtype,
+        causal=causal,
+        window=rng.randint(1, 60),
+        logit_cap=2.0,
+        with_bias=False,
+    )
+
+
+def test_biases_are_alike_from_the_largest_distance_on(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(200):
+        buckets = rng.randint(4, 200)
+        max_distance = rng.randint(buckets // 4 + 1, 1000)
+        bias = random_bias(2, buckets, max_distance)
+        rows = bias.by_distance(max_distance + rng.randint(1, 1000))
+        margin = rows.shape[1] // 2 - max_distance + 1
+        assert (rows[:, :margin] == rows[:, :1]).all(), (buckets, max_distance)
+        assert (rows[:, -margin:] == rows[:, -1:]).all(), (buckets, max_distance)
+
+
+def test_layers_that_share_a_table_share_its_rows() -> None:
+    class Runner:
+        device = CPU
+        model_config = None
+
+    backend = TritonEncodeBackend(Runner())
+    first, second = random_bias(2), random_bias(2)
+    rows = backend.bias_rows(first)
+    assert rows is backend.bias_rows(first)
+    assert not torch.equal(rows, backend.bias_rows(second))
+    assert backend.bias_rows(None) is None
+    backend.take([3], [3])
+    first.weight.data.zero_()
+    assert not backend.bias_rows(first).any()
+
+
+def test_the_kernel_needs_torch_and_triton_alone() -> None:
+    tree = ast.parse(Path(triton_kernel.__file__).read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    assert {name.partition(".")[0] for name in names} <= {
+        "__future__",
+        "math",
+        "torch",
+        "triton",
+        "typing",
+    }
