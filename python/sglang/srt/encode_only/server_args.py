@@ -24,7 +24,8 @@ from sglang.srt.utils.hf_transformers_utils import get_config, get_hf_text_confi
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_BACKEND = "encode_only"
+ATTENTION_BACKENDS = ("encode_only", "encode_only_triton")
+"""The default, which runs on any device, and a kernel for GPUs."""
 
 RESERVED_TOKENS = 7
 """Tokens of srt's context length that a request cannot use: srt keeps them for generated ones."""
@@ -74,8 +75,8 @@ _CONTRADICTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("lora_paths", (None, [], {}), "encoders take no adapters"),
     ("enable_prefill_cp", (False, None), "an encoder's sequences are not split between ranks"),
     ("enable_pdmux", (False, None), "an encoder has no decode steps"),
-    ("attention_backend", (None, ATTENTION_BACKEND), "it reads a KV cache"),
-    ("prefill_attention_backend", (None, ATTENTION_BACKEND), "it reads a KV cache"),
+    ("attention_backend", (None, *ATTENTION_BACKENDS), "it reads a KV cache"),
+    ("prefill_attention_backend", (None, *ATTENTION_BACKENDS), "it reads a KV cache"),
 )
 
 
@@ -135,6 +136,15 @@ def _resolve_encode_only(server_args: Any) -> None:
         # srt halves fp32 checkpoints; an encoder gives back the numbers of its checkpoint.
         dtype = str(getattr(text_config, "dtype", None) or torch.float32).removeprefix("torch.")
 
+    attention = cfg.attention_backend or ATTENTION_BACKENDS[0]
+    if attention == "encode_only_triton" and not (
+        torch.cuda.is_available() and (cfg.device or "cuda").startswith("cuda")
+    ):
+        raise ValueError(
+            f"--attention-backend {attention} needs a CUDA device; leave it out for "
+            f"{ATTENTION_BACKENDS[0]}, which runs anywhere."
+        )
+
     declare_resolution(
         server_args,
         "encode_only",
@@ -148,7 +158,7 @@ def _resolve_encode_only(server_args: Any) -> None:
         # Of a VL checkpoint, the text model is served.
         enable_multimodal=False,
         prefill_only_disable_kv_cache=True,
-        attention_backend=ATTENTION_BACKEND,
+        attention_backend=attention,
         # One budget bounds a batch: its tokens. A longer input is a batch of its own. srt counts
         # those of two batches, of which one is on its way while the other runs.
         max_total_tokens=cfg.max_total_tokens or 2 * max(cfg.max_prefill_tokens, length + 64),
@@ -181,7 +191,7 @@ def _refuse_encoder_without_mode(server_args: Any, previous: Any) -> None:
 
 def register() -> None:
     """Adds the mode to srt's argument pipeline. Once a process."""
-    add_attention_backend_choices([ATTENTION_BACKEND])
+    add_attention_backend_choices([*ATTENTION_BACKENDS])
     register_resolution_hook("handle_model_source_paths")(_model_is_on_disk)
     register_resolution_hook("handle_prefill_only_disable_kv_cache")(_kv_cache_backend_check)
     register_resolution_hook("handle_model_specific_adjustments")(_refuse_encoder_without_mode)

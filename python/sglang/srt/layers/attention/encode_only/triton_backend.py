@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from sglang.srt.layers.attention.attention_registry import register_attention_backend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.encode_only.packed_backend import PackedBackend, Reach, Runner
 from sglang.srt.layers.attention.encode_only.triton_kernel import BIAS_MARGIN, packed_attention
 
@@ -79,3 +81,8 @@ class TritonEncodeBackend(PackedBackend):
             bias=self.bias_rows(position_bias),
         )
         return out_thd.flatten(1)
+
+
+@register_attention_backend("encode_only_triton")
+def create_triton_encode_backend(runner: Runner) -> AttentionBackend:
+    return TritonEncodeBackend(runner)
