@@ -74,8 +74,11 @@ class Early:
         keys = [key_of(one) for one in inputs]
         with self._lock:
             calls = {key: self._calls.pop(key) for key in {*keys} & {*self._calls}}
-        outputs = {key: call.output(key) for key, call in calls.items()}
-        rest = {key: one for key, one in zip(keys, inputs, strict=True) if outputs.get(key) is None}
+        outputs: dict[Key, EncodeOutput] = {}
+        for key, call in calls.items():
+            if (output := call.output(key)) is not None:
+                outputs[key] = output
+        rest = {key: one for key, one in zip(keys, inputs, strict=True) if key not in outputs}
         if rest:
             outputs.update(zip(rest, self._servers([*rest.values()]), strict=True))
-        return [output for key in keys if (output := outputs[key]) is not None]
+        return [outputs[key] for key in keys]

@@ -15,6 +15,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -80,6 +81,39 @@ class PackedBackend(AttentionBackend):
             for length, spec in inputs
         ]
         self.take([one.length for one in inputs], attend)
+
+    def forward_extend(  # type: ignore[override]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        position_bias: RelativePositionBias | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            q: `[tokens, heads * head_dim]`.
+            k: `[tokens, kv_heads, head_dim]`.
+            v: `[tokens, kv_heads, v_head_dim]`.
+            position_bias: of this layer's heads, added to the scores.
+
+        Returns:
+            `[tokens, heads * v_head_dim]`.
+        """
+        return self.attention(q, k, v, layer, position_bias)
+
+    @abstractmethod
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        position_bias: RelativePositionBias | None,
+    ) -> torch.Tensor:
+        """As of `forward_extend`, for the sequences that were taken."""
 
     def forward_decode(self, *args, **kwargs):
         raise ValueError(

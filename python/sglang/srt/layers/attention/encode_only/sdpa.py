@@ -23,7 +23,6 @@ from sglang.srt.runtime_context import get_parallel
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
     from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Sequences of at most so many tokens share rows of at most so many,
 SHARED_LENGTH = 32
@@ -263,26 +262,14 @@ class SdpaBackend(PackedBackend):
     def take(self, lengths: Sequence[int], attend: Sequence[int]) -> None:
         self.plan = BatchPlan(lengths, attend, self.heads, self.device)
 
-    def forward_extend(  # type: ignore[override]
+    def attention(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        position_bias: RelativePositionBias | None = None,
+        position_bias: RelativePositionBias | None,
     ) -> torch.Tensor:
-        """
-        Args:
-            q: `[tokens, heads * head_dim]`.
-            k: `[tokens, kv_heads, head_dim]`.
-            v: `[tokens, kv_heads, v_head_dim]`.
-            position_bias: of this layer's heads, added to the scores.
-
-        Returns:
-            `[tokens, heads * v_head_dim]`.
-        """
         plan = self.plan
         if not plan.groups:
             return q.new_empty(0, layer.tp_q_head_num * layer.v_head_dim)

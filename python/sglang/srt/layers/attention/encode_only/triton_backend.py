@@ -14,7 +14,6 @@ from sglang.srt.layers.attention.encode_only.triton_kernel import BIAS_MARGIN, p
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
     from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 class TritonEncodeBackend(PackedBackend):
@@ -47,26 +46,14 @@ class TritonEncodeBackend(PackedBackend):
                 self._bias_rows = bias.by_distance(bias.max_distance + BIAS_MARGIN + 1)
         return self._bias_rows
 
-    def forward_extend(  # type: ignore[override]
+    def attention(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-        position_bias: RelativePositionBias | None = None,
+        position_bias: RelativePositionBias | None,
     ) -> torch.Tensor:
-        """
-        Args:
-            q: `[tokens, heads * head_dim]`.
-            k: `[tokens, kv_heads, head_dim]`.
-            v: `[tokens, kv_heads, v_head_dim]`.
-            position_bias: of this layer's heads, added to the scores.
-
-        Returns:
-            `[tokens, heads * v_head_dim]`.
-        """
         reach = Reach.of(layer)
         out_thd = packed_attention(
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
