@@ -47,6 +47,12 @@ def reference_states(
     return [states[0] for states in out.hidden_states]
 
 
+def bound(dtype: str, states: torch.Tensor) -> float:
+    """TOLERANCE, and more where half precision rounds so few numbers that their errors scatter."""
+    scatter = 0 if dtype == "float32" else 8 / states.numel() ** 0.5
+    return TOLERANCE[dtype] * (1 + scatter)
+
+
 def relative_error(states: torch.Tensor, expected: torch.Tensor) -> float:
     assert states.shape == expected.shape
     return float((states.float() - expected).norm() / expected.norm())
@@ -62,7 +68,7 @@ def assert_same_states(
     for output, reference in zip(outputs, references, strict=True):
         for layer, states in output.hidden_states.items():
             assert states.dtype == getattr(torch, dtype)
-            assert relative_error(states, reference[layer]) < TOLERANCE[dtype], layer
+            assert relative_error(states, reference[layer]) < bound(dtype, states), layer
 
 
 @pytest.mark.parametrize("case", range(27))
@@ -86,7 +92,7 @@ def test_random_checkpoints(case: int, seed: int, tmp_path: Path, open_encoder: 
             assert_same_states([alone], [references[i]], dtype)
             for layer, states in alone.hidden_states.items():
                 shared = together[i].hidden_states[layer].float()
-                assert relative_error(states, shared) < TOLERANCE[dtype]
+                assert relative_error(states, shared) < bound(dtype, states)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
