@@ -54,6 +54,9 @@ class Relay:
         with self._serving(PassOn):
             yield
         for end in ends:
+            # Closing alone leaves a connection open while a thread reads it.
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
             end.close()
 
     @contextlib.contextmanager

@@ -111,7 +111,7 @@ def test_a_server_that_hangs_meanwhile(line: Line, service: Service, flux_server
         service.picture(prompt="a mill in ruins")
 
 
-def test_an_update_of_weights_between_prompts_that_wait(
+def test_nothing_is_encoded_ahead_of_an_update_of_weights(
     line: Line, service: Service, flux_server: LocalServer, flux: Path
 ):
     with service.relay.to(flux_server.url):
@@ -126,9 +126,11 @@ def test_an_update_of_weights_between_prompts_that_wait(
         time.sleep(1)
         third = line.join("a ferry at night")
         assert first.result().status_code == 200
+        assert service.relay.encodes == before + 2
         assert second.result().status_code == 200
         assert update.result()["success"] is True
         assert third.result().status_code == 200
+        assert service.relay.encodes == before + 3
 
 
 @pytest.fixture
