@@ -13,6 +13,7 @@ import torch
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncodeSpec
 from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
+from sglang.srt.layers.packed_linear import multiplies
 from sglang.srt.models import t5_encoder
 from sglang.srt.runtime_context import get_parallel
 from transformers import PreTrainedModel, T5EncoderModel
@@ -142,7 +143,11 @@ def test_every_activation_of_transformers(
 @pytest.fixture
 def half_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computes as on a device with instructions for half precision, be it slower here."""
-    monkeypatch.setattr(t5_encoder, "product_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(t5_encoder, "product_dtype", lambda dtype, device: dtype)
+    pack = t5_encoder.pack_linears
+    monkeypatch.setattr(
+        t5_encoder, "pack_linears", lambda model: pack(model) if multiplies(model.dtype) else None
+    )
 
 
 @pytest.mark.usefixtures("half_products")

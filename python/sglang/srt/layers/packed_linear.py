@@ -39,20 +39,25 @@ def multiplies(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        # oneDNN takes it on every CPU with AVX-512, but converts it there without these.
+        converts = torch.cpu._is_avx512_supported() and not (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not converts
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return dtype == torch.float32
 
 
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
+def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """What products with weights are computed in, and weights held in, for a model of `dtype`.
 
     A CPU without instructions for half precision multiplies it several times slower than float32.
+
+    Args:
+        device: the type of the one that computes.
     """
-    if torch.get_default_device().type != "cpu" or multiplies(dtype):
-        return dtype
-    return torch.float32
+    return dtype if device != "cpu" or multiplies(dtype) else torch.float32
 
 
 class PackedLinearMethod(UnquantizedLinearMethod):
@@ -72,8 +77,9 @@ class PackedLinearMethod(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         weight = layer.weight.data
         sizes = [len(weight)] if self.epilogue is None else layer.output_partition_sizes
+        dtype = product_dtype(weight.dtype, "cpu")
         layer.packed = [
-            torch.ops.mkldnn._reorder_linear_weight(part.contiguous())
+            torch.ops.mkldnn._reorder_linear_weight(part.to(dtype).contiguous())
             for part in weight.split(sizes)
         ]
         layer.weight.data = weight.new_empty(0)
@@ -82,7 +88,8 @@ class PackedLinearMethod(UnquantizedLinearMethod):
         # srt asks again when loading failed, to go back to what was loaded before.
         if not layer.packed:
             return
-        layer.weight.data = torch.cat([part.to_dense() for part in layer.packed])
+        weight = torch.cat([part.to_dense() for part in layer.packed])
+        layer.weight.data = weight.to(layer.weight.dtype)
         layer.packed = []
 
     def apply(
@@ -92,20 +99,24 @@ class PackedLinearMethod(UnquantizedLinearMethod):
         packed = cast("list[torch.Tensor]", layer.packed)
         assert bias is None or len(packed) == 1, "A gated layer with a bias. This is a bug."
         name, algorithm = self.epilogue or _PLAIN
-        ops = torch.ops.mkldnn
-        product = ops._linear_pointwise(x, packed[0], bias, name, [], algorithm)
-        if len(packed) == 1:
-            return product
-        return ops._linear_pointwise.binary(x, product, packed[1], None, "mul")
+        ops, dtype = torch.ops.mkldnn, packed[0].dtype
+        x_th = x.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        product = ops._linear_pointwise(x_th, packed[0], bias, name, [], algorithm)
+        if len(packed) == 2:
+            product = ops._linear_pointwise.binary(x_th, product, packed[1], None, "mul")
+        return product.to(x.dtype)
 
 
 def pack_linears(model: nn.Module) -> None:
     """Has the unquantized linear layers of a new model packed once their weights are loaded.
 
-    Layers that are not on a CPU, or in a dtype that it has no instructions for, are left alone.
+    Layers that are not on a CPU are left alone.
     """
+    if not torch.backends.mkldnn.is_available():
+        return
     for layer in model.modules():
         if type(getattr(layer, "quant_method", None)) is not UnquantizedLinearMethod:
             continue
-        if layer.weight.device.type == "cpu" and multiplies(layer.weight.dtype):
+        if layer.weight.device.type == "cpu":
             layer.quant_method = PackedLinearMethod()

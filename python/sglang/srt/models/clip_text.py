@@ -192,7 +192,9 @@ class CLIPTextModel(nn.Module):
         self.config = config
         self.quant_config = quant_config
         self.dtype = torch.get_default_dtype()
-        dtype = product_dtype(self.dtype) if quant_config is None else self.dtype
+        dtype = self.dtype
+        if quant_config is None:
+            dtype = product_dtype(dtype, torch.get_default_device().type)
         self.token_embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(

@@ -254,7 +254,9 @@ class T5EncoderModel(nn.Module):
         self.config = config
         self.quant_config = quant_config
         self.dtype = torch.get_default_dtype()
-        dtype = product_dtype(self.dtype) if quant_config is None else self.dtype
+        dtype = self.dtype
+        if quant_config is None:
+            dtype = product_dtype(dtype, torch.get_default_device().type)
         if dtype != self.dtype:
             logger.info(
                 "Weights are held in %s: this CPU multiplies no %s.",
