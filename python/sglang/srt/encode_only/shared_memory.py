@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Iterator
 
 import msgspec
+import numpy as np
 
 BODY = 64
 """Where the body of the answer begins; before it is the token."""
@@ -99,11 +100,23 @@ class Memory:
         self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self.close = weakref.finalize(self, os.close, self.fd)
         self.token = secrets.token_hex(16)
+        self._mapped: mmap.mmap | None = None
         os.pwrite(self.fd, _head(self.token), 0)
 
     @property
     def offer(self) -> Offer:
         return Offer(os.getpid(), self.fd, self.token)
+
+    def body(self, size: int) -> np.ndarray:
+        """The first `size` bytes of the body, uint8; they change with the file.
+
+        Raises:
+            ValueError: it is shorter.
+        """
+        end = BODY + size
+        if self._mapped is None or len(self._mapped) < end:
+            self._mapped = mmap.mmap(self.fd, end, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        return np.frombuffer(self._mapped, np.uint8, size, BODY)
 
 
 class Memories:
@@ -140,9 +153,9 @@ class Memories:
         if size is None:
             self._give_back(memory)
             return None
-        mapped = mmap.mmap(memory.fd, BODY + size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        weakref.finalize(mapped, self._give_back, memory).atexit = False
-        return memoryview(mapped)[BODY:]
+        body = memory.body(size)
+        weakref.finalize(body, self._give_back, memory).atexit = False
+        return memoryview(body)
 
     def _take(self) -> Memory | None:
         with contextlib.suppress(IndexError):
