@@ -31,6 +31,7 @@ $(VENV)/environment: python/pyproject.toml python/constraints.txt
 	@echo "Installing sglang and what it needs into $(VENV): 11 GB, about 8 minutes the first time."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q -c python/constraints.txt "./python[dev]"
+	@rm -f $(VENV)/editable
 	@touch $@
 
 # For working on it: an edit shows without reinstalling.

@@ -19,16 +19,23 @@ from pictures import ports
 ONE_RANK = {"MASTER_ADDR": "127.0.0.1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
+def ranks(count: int) -> list[dict[str, str]]:
+    """The environments of as many processes that divide a sequence between them."""
+    shared = {"WORLD_SIZE": str(count), "MASTER_PORT": str(ports()["master_port"])}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 def start() -> None:
-    """Makes this process a diffusion worker, of one rank."""
+    """Makes this process a diffusion worker, of one rank if its environment says nothing else."""
     from sglang.multimodal_gen.runtime.distributed.parallel_state import (
         maybe_init_distributed_environment_and_model_parallel,
     )
     from sglang.multimodal_gen.runtime.platforms.plugins import load_plugins
 
     load_plugins()
-    os.environ |= ONE_RANK | {"MASTER_PORT": str(ports()["master_port"])}
-    maybe_init_distributed_environment_and_model_parallel(1, 1)
+    os.environ |= ONE_RANK | {"MASTER_PORT": str(ports()["master_port"])} | os.environ
+    count = int(os.environ["WORLD_SIZE"])
+    maybe_init_distributed_environment_and_model_parallel(1, count, ulysses_degree=count)
 
 
 def load(folder: Path, kind: str, server_args: Any) -> list[Any]:

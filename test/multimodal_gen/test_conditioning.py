@@ -28,15 +28,19 @@ def batches(name: str) -> list[list[str]]:
 def found(
     family_folders: dict[str, Path], wan: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, dict[str, Tensors]]]:
-    """By stock sglang (`native`) and with every encoder in the worker (`srt`), by family."""
+    """By stock sglang (`native`) and with every encoder in the worker, of one rank (`srt`) and of
+    two (`rank 0`, `rank 1`), by family."""
     folders = family_folders | {"Wan": wan}
     options = {name: family.options for name, family in FAMILIES.items()} | {"Wan": WAN_FLOAT32}
     programs, made = [], {}
+    in_worker = {"srt_encoders": "srt"}
+    two = {**in_worker, "num_gpus": 2, "ulysses_degree": 2}
     for place, option, environment in (
         ("native", {}, STOCK),
-        ("srt", {"srt_encoders": "srt"}, {}),
+        ("srt", in_worker, {}),
+        *((f"rank {i}", two, rank) for i, rank in enumerate(conditioning.ranks(2))),
     ):
-        scratch = tmp_path_factory.mktemp(place)
+        scratch = tmp_path_factory.mktemp(place.replace(" ", "_"))
         made[place] = {name: scratch / f"{name}.npz" for name in NAMES}
         runs = [
             {
@@ -62,9 +66,10 @@ def found(
             program.end()
 
 
+@pytest.mark.parametrize("place", ["srt", "rank 0", "rank 1"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_numbers(name: str, found: dict[str, dict[str, Tensors]]) -> None:
-    native, srt = found["native"][name], found["srt"][name]
+def test_the_same_numbers(name: str, place: str, found: dict[str, dict[str, Tensors]]) -> None:
+    native, srt = found["native"][name], found[place][name]
     assert native.keys() == srt.keys()
     assert {key.partition(".")[0] for key in native} == set(map(str, range(len(batches(name)))))
     for key, expected in native.items():

@@ -133,6 +133,36 @@ def test_nothing_is_encoded_ahead_of_an_update_of_weights(
         assert service.relay.encodes == before + 3
 
 
+@pytest.fixture(scope="module")
+def two_ranks(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    service = Service(flux, folder, num_gpus=2, ulysses_degree=2)
+    service.wait_until_ready()
+    yield service
+    service.end()
+
+
+def test_two_ranks(two_ranks: Service, service: Service, flux_server: LocalServer):
+    """One of them has the queue."""
+    prompts = [f"a kite over the lake, number {i}" for i in range(3)]
+    with service.relay.to(flux_server.url):
+        alone = [service.picture(prompt=prompt) for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool, two_ranks.relay.to(flux_server.url):
+        line = Line(two_ranks, pool)
+        cached = line.join(prompts[0])
+        assert cached.result().status_code == 200
+        first = line.join("a heron by the lake", LONG)
+        line.made.remove(cached)
+        line.wait_for(2)
+        waiting = [line.join(prompt) for prompt in prompts]
+        line.wait_for(4)
+        assert not first.done()
+        pictures = [Service.pixels(made.result()) for made in waiting]
+        assert two_ranks.relay.encodes == 4
+    for picture, expected in zip(pictures, alone, strict=True):
+        assert np.abs(picture - expected).max() <= 1
+
+
 @pytest.fixture
 def relay(t5_server: LocalServer) -> Iterator[Relay]:
     relay = Relay()

@@ -38,6 +38,17 @@ def test_memory_is_in_proportion(request: pytest.FixtureRequest, name: str):
         assert process.memory_info().rss < MOST_BYTES, process.cmdline()
 
 
+def test_processes_of_an_encoder_share_what_one_has_imported(
+    t5_server: LocalServer, llama_server: LocalServer
+):
+    """Upstream's each import it anew."""
+    own = [
+        sum(process.memory_full_info().uss for process in processes(server)[1:])
+        for server in (t5_server, llama_server)
+    ]
+    assert own[0] < own[1] / 2, own
+
+
 def test_memory_levels_off_over_prompts_of_every_length(t5_server: LocalServer):
     sizes = list(range(1, 1000, 3))
     random.Random(4).shuffle(sizes)

@@ -7,12 +7,16 @@ import importlib
 import importlib.metadata
 import logging
 import multiprocessing
+import os
 import sys
 from typing import Any
 
 from sglang.srt.encode_only import seams
 
 logger = logging.getLogger(__name__)
+
+_server_pid: int | None = None
+"""The process that is a server, here or in the one that this is a fork of."""
 
 
 @functools.cache
@@ -46,13 +50,15 @@ def enter_encode_only(hf_config: Any) -> None:
 
     Called in every process that takes on arguments with `is_embedding_encoder`: the one that starts
     the others, which finds out for all of them whether every seam fits, then the schedulers and the
-    tokenizer workers. A process with an engine is a server, one with a scheduler and no engine runs
-    models. Calling it again does nothing.
+    tokenizer workers. A process with an engine is a server; the fork of one, and one with a
+    scheduler and no engine, runs models. Calling it again does nothing.
     """
     if multiprocessing.parent_process() is None:
         for seam in seams.ENCODE_ONLY:
             seams.check(seam)
-    if "sglang.srt.entrypoints.engine" in sys.modules:
+    if _server_pid not in (None, os.getpid()):
+        enter_scheduler(hf_config)
+    elif "sglang.srt.entrypoints.engine" in sys.modules:
         _enter_server()
     elif "sglang.srt.managers.scheduler" in sys.modules:
         enter_scheduler(hf_config)
@@ -74,6 +80,8 @@ def enter_scheduler(hf_config: Any) -> None:
 
 
 def _enter_server() -> None:
+    global _server_pid
+    _server_pid = os.getpid()
     seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "server")
     if http_server := sys.modules.get("sglang.srt.entrypoints.http_server"):
         from sglang.srt.encode_only import http_api

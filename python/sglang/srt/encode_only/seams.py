@@ -204,6 +204,33 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         reason="Hidden states go straight into the memory of a caller on the same host.",
         upstream="the same call at the head of the method",
     ),
+    *(
+        Seam(
+            target=f"sglang.srt.entrypoints.engine:Engine.{function}",
+            kind="around",
+            hook="sglang.srt.encode_only.launch:forking",
+            parameters=parameters,
+            process="server",
+            reason="On a CPU the processes of a server need not import what it has imported.",
+            upstream="`fork` as the start method of a CPU's platform, where the caller is a server",
+        )
+        for function, parameters in (
+            (
+                "_launch_scheduler_processes",
+                (
+                    "cls",
+                    "server_args",
+                    "port_args",
+                    "run_scheduler_process_func",
+                    "placement_group",
+                ),
+            ),
+            (
+                "_launch_detokenizer_subprocesses",
+                ("cls", "server_args", "port_args", "run_detokenizer_process_func"),
+            ),
+        )
+    ),
     Seam(
         target="sglang.srt.managers.tokenizer_manager:TokenizerManager._validate_one_request",
         kind="around",

@@ -9,6 +9,7 @@ from sglang.multimodal_gen.runtime.srt_encoder.encoder import SrtTextEncoder
 
 if TYPE_CHECKING:
     from sglang.multimodal_gen.runtime.cache.conditioning import ConditioningCache
+    from sglang.multimodal_gen.runtime.distributed.group_coordinator import GroupCoordinator
 
 
 def unless_changed(
@@ -19,15 +20,20 @@ def unless_changed(
     args: Any,
     kwargs: Any,
     compute: Callable[[], Any],
-    *rest: Any,
+    group: GroupCoordinator | None = None,
     **more: Any,
 ) -> Any:
     """AROUND `ConditioningCache.run`: what is found there counts while the weights are the same.
 
     Otherwise all is forgotten, and it is encoded anew.
+
+    Args:
+        group: the ranks that agree on whether it is found.
     """
     if not isinstance(model, SrtTextEncoder):
-        return original(self, model, method, args, kwargs, compute, *rest, **more)
+        return original(self, model, method, args, kwargs, compute, group, **more)
+    if model.alone:
+        group = None
     computed = False
 
     def noticing() -> Any:
@@ -35,8 +41,8 @@ def unless_changed(
         computed = True
         return compute()
 
-    output = original(self, model, method, args, kwargs, noticing, *rest, **more)
+    output = original(self, model, method, args, kwargs, noticing, group, **more)
     if not computed and model.changed():
         self.clear()
-        output = original(self, model, method, args, kwargs, compute, *rest, **more)
+        output = original(self, model, method, args, kwargs, compute, group, **more)
     return output

@@ -115,6 +115,9 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         elsewhere: whether it is encoded on servers, and not on the device of this worker.
         group: the ranks that encode the same prompts; one asks and gives the others the answer.
             None where there is one rank.
+
+    Attributes:
+        alone: whether the other ranks know nothing of the calls that are made now.
     """
 
     # Splitting a batch between ranks would make each of them ask.
@@ -149,6 +152,7 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         self._encode = encode
         self._noted: list[EncodeInput] | None = None
         self._settled = False
+        self.alone = False
         self._ahead: Ahead | None = None
         if group is not None and group.world_size > 1:
             # The conditioning cache then agrees over the same ranks on what it has.
@@ -203,7 +207,7 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
 
     def changed(self) -> bool:
         """Whether it may give other states than it gave before; the same on every rank."""
-        if self._settled:
+        if self._settled or self.alone:
             return False
         ask = getattr(self._encode, "changed", None)
         changed = ask is not None and ask()
@@ -212,19 +216,20 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         return bool(changed)
 
     @contextlib.contextmanager
-    def noting(self, settled: bool = False) -> Iterator[list[EncodeInput]]:
+    def noting(self, alone: bool = False) -> Iterator[list[EncodeInput]]:
         """While this holds, calls note in this list what they would encode, and raise Noted.
 
         Args:
-            settled: what a cache has counts, without a question to the encoder.
+            alone: on this rank, of which the others know nothing. What its cache has counts,
+                without a question to them or the encoder.
         """
         self._noted = []
-        self._settled = settled
+        self.alone = alone
         try:
             yield self._noted
         finally:
             self._noted = None
-            self._settled = False
+            self.alone = False
 
     @contextlib.contextmanager
     def ahead(self, inputs: list[EncodeInput], executor: Executor) -> Iterator[None]:

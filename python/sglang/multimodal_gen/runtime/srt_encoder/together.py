@@ -134,7 +134,7 @@ def lead(batches: list[Req], indexes: Iterable[int]) -> list[list[EncodeInput]]:
     noted = []
     with _last.again():
         for i in indexes:
-            with _encoders(_last.stage)[i].noting(settled=True) as inputs:
+            with _encoders(_last.stage)[i].noting(alone=True) as inputs:
                 for batch in batches:
                     _lead_through(_last.stage, batch, _last.server_args, i)
             noted.append(inputs)

@@ -1,0 +1,60 @@
+"""How an encode-only server starts its processes.
+
+Upstream starts each from nothing, and each imports for 5 to 12 seconds what the one that starts it
+has imported already. On a CPU they can be forks of it: they are there at once, and share its
+memory. On a GPU they cannot, since a fork cannot use CUDA.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.platforms import current_platform
+from sglang.srt.platforms.portable_cpu import PortableCpuPlatform
+
+
+def forking(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `Engine._launch_scheduler_processes` and `._launch_detokenizer_subprocesses`."""
+    if not _can_fork(resolving_view(server_args)):
+        return original(cls, server_args, *args, **kwargs)
+    # A collection in a fork would write into every page that it shares.
+    gc.collect()
+    gc.freeze()
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
+    try:
+        return original(cls, server_args, *args, **kwargs)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+def _can_fork(cfg: Any) -> bool:
+    """Whether a fork of this process is as good as a new one.
+
+    Not where a thread may hold a lock, or torch have computed: its threads are not in the fork,
+    which would wait for them. So only of a program that does nothing but serve.
+    """
+    return (
+        sys.platform == "linux"
+        and isinstance(current_platform, PortableCpuPlatform)
+        and cfg.device == "cpu"
+        # These start processes of their own, or run a program around each.
+        and cfg.dp_size == 1
+        and cfg.numa_node is None
+        and _is_server(sys.modules["__main__"])
+        and threading.active_count() == 1
+    )
+
+
+def _is_server(main: Any) -> bool:
+    """Whether `main` is `python -m sglang.launch_server` or `sglang serve`."""
+    name = getattr(getattr(main, "__spec__", None), "name", None)
+    if name is not None:
+        return name == "sglang.launch_server"
+    return Path(getattr(main, "__file__", "")).name == "sglang" and sys.argv[1:2] == ["serve"]
