@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from relay import Relay
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError
 from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
+from sglang.srt.encode_only import wire
 from sglang.srt.encode_only.local_server import LocalServer
-from sglang.srt.encode_only.request import EncodeInput
+from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncoderInfo, EncodeSpec
 
 TIMEOUT = 5.0
 
@@ -88,6 +90,46 @@ def test_one_that_fails_is_passed_over_and_asked_again_later(
             while which(relays, ask, prompt(mine)) != {0}:
                 assert time.monotonic() < deadline, "It is not asked again."
                 time.sleep(0.2)
+
+
+def test_a_pooled_vector_of_another_width_is_refused(relays, tmp_path: Path) -> None:
+    """Though the server says that it is the pipeline's encoder."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_attention_heads=2,
+        intermediate_size=64,
+        projection_dim=16,
+    )
+    config.architectures = ["CLIPTextModelWithProjection"]
+    config.save_pretrained(tmp_path)
+    mine = Checkpoint.read(str(tmp_path))
+    info = EncoderInfo(
+        model="a server's",
+        architecture=mine.architecture,
+        num_layers=mine.num_layers,
+        hidden_size=mine.hidden_size,
+        vocab_size=mine.vocab_size,
+        max_length=77,
+        dtype="float32",
+        pooled_size=mine.pooled_size,
+        causal=True,
+    )
+    assert mine.mismatch(info) is None
+    ask = EncodeServers("text_encoder", [relays[0].url], mine, TIMEOUT)
+    inputs = [EncodeInput(token_ids=[3, 4, 1], spec=EncodeSpec(layers=(), pooled=True))]
+    for width in (16, 5, 1):
+        output = EncodeOutput({}, torch.ones(width), prompt_tokens=3)
+        body, media_type = wire.write_answer([output], info, "safetensors")
+        head = (
+            f"HTTP/1.1 200 OK\r\nContent-Type: {media_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        with relays[0].saying(head.encode() + body):
+            if width == mine.pooled_size:
+                assert torch.equal(ask(inputs)[0].pooled, output.pooled)
+                continue
+            with pytest.raises(EncoderError, match=f"rows of {width} where the pipeline has 16"):
+                ask(inputs)
 
 
 def test_calls_at_once_use_both(relays, up, t5_folder) -> None:
