@@ -98,7 +98,7 @@ class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def launch(original: Callable[..., Any], server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `launch_server` and `launch_disagg_role`: the servers come first, and go last."""
+    """AROUND `launch_server` and those of roles: the encoders' servers come first, and go last."""
     role = server_args.disagg_role
     if option.given_in(server_args.pipeline_config) is None or not (
         role == RoleType.MONOLITHIC or role.is_input_encoder

@@ -73,6 +73,16 @@ DIFFUSION: tuple[Seam, ...] = (
         for function, parameters in (
             ("launch_server", ("server_args", "launch_http_server")),
             ("launch_disagg_role", ("server_args",)),
+            (
+                "launch_pool_disagg_server",
+                (
+                    "server_args",
+                    "encoder_gpus",
+                    "denoiser_gpus",
+                    "decoder_gpus",
+                    "launch_http_server",
+                ),
+            ),
         )
     ),
     Seam(
