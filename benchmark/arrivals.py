@@ -65,6 +65,7 @@ def serve(encode: Encode, arrivals: Arrivals) -> Served:
             if (error := future.exception()) is None:
                 latencies.append(future.result())
             else:
-                errors[type(error).__name__] += 1
+                status = getattr(error, "status", None)
+                errors[f"status {status}" if status else type(error).__name__] += 1
         seconds = time.perf_counter() - start
     return Served(sorted(latencies), seconds, dict(errors))

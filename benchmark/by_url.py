@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import httpx
 import torch
@@ -73,9 +74,17 @@ def _client(url: str) -> httpx.Client:
     return httpx.Client(base_url=url, timeout=TIMEOUT, limits=httpx.Limits(max_connections=None))
 
 
-def _answer(response: httpx.Response):
+class Refused(RuntimeError):
+    """A server answered with an HTTP status that says why it does not serve."""
+
+    def __init__(self, response: httpx.Response):
+        self.status = response.status_code
+        super().__init__(f"{response.url} answered {self.status}: {response.text[:200]}")
+
+
+def _answer(response: httpx.Response) -> Any:
     if response.is_error:
-        raise RuntimeError(f"{response.url} answered {response.status_code}: {response.text[:200]}")
+        raise Refused(response)
     return response.json()
 
 

@@ -33,7 +33,7 @@ from benchmark.arrivals import serve
 from benchmark.contenders import CONTENDERS, Checkpoint, Contender, Running
 from benchmark.machine import MemoryMeter, clock, describe
 from benchmark.report import Measured, Report, Work
-from benchmark.roofline import MOST_WEIGHTS, Prediction, Products, Roofline
+from benchmark.roofline import Prediction, Products, Roofline
 from benchmark.shapes import Shape
 from benchmark.workloads import (
     LONGEST,
@@ -48,6 +48,8 @@ from benchmark.workloads import (
 
 BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 3e-2, torch.float32: 1e-4}
 """Largest relative error of an encoder, by its dtype."""
+PROCESS = 1 << 30
+"""Bytes that a contender takes beside its weights, about."""
 COMPARED = 8
 """Prompts of a batch that are compared, evenly spaced."""
 
@@ -90,17 +92,13 @@ def check_memory(checkpoint: Checkpoint, contenders: Iterable[Contender]) -> Non
     Raises:
         ValueError: the reference, or all that are measured together, would not fit.
     """
-    parameters = checkpoint.shape.parameters()
-    if checkpoint.device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-    else:
-        free = psutil.virtual_memory().available
-    where = f"of memory on {checkpoint.device}"
-    label = checkpoint.shape.label
-    shapes.require(f"{label} in float32, the reference,", 4 * parameters, free, where)
-    local = sum(contender.local for contender in contenders)
-    together = local * parameters * checkpoint.dtype.itemsize + MOST_WEIGHTS
-    shapes.require(f"{label}, {local} contenders at once,", together, free, where)
+    shape, device = checkpoint.shape, checkpoint.device
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    where = f"of memory ({device})"
+    parameters, local = shape.parameters(), sum(contender.local for contender in contenders)
+    shapes.require(f"{shape.label} in float32, the reference,", 4 * parameters, free, where)
+    together = local * (parameters * checkpoint.dtype.itemsize + PROCESS)
+    shapes.require(f"{shape.label}, {local} contenders at once,", together, free, where)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -186,30 +184,32 @@ def measure(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         for rate in args.rate
     ]
 
+    folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    checkpoint = Checkpoint(shape, shapes.place(shape, folder, dtype), dtype, args.device)
+    check_memory(checkpoint, args.entries.values())
+
     # Where half precision is slower than float32, that is what the products are compared with.
     dtypes = {dtype} if args.device == "cuda" else {dtype, torch.float32}
     products = [Products(shape, one, args.device) for one in sorted(dtypes, key=str)]
     roofline = Roofline.measure(products, args.device)
 
-    def predict(batch: Batch) -> Prediction:
-        return Prediction.of(shape, list(map(len, batch)), dtype, roofline)
+    def predict(lengths: list[int]) -> Prediction:
+        return Prediction.of(shape, lengths, dtype, roofline)
 
     report = Report(
         title=f"{shape.label}, {args.dtype}, {args.device}",
         command=f"python -m benchmark.encode {shlex.join(sys.argv[1:])}",
         machine=describe(args.device),
         roofline=roofline,
-        measured=[Measured(workload, predict(workload.prompts)) for workload in workloads],
-        arrivals=[(one, predict(one.prompts)) for one in arrivals],
+        measured=[Measured(workload, predict(workload.lengths)) for workload in workloads],
+        arrivals=[(one, predict([one.mean_length])) for one in arrivals],
         left_out=[too_long(w.label, shape) for w in asked if w not in workloads],
     )
     print(report.head())
     if args.report is not None:
         report.begin(args.report)
 
-    folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    checkpoint = Checkpoint(shape, shapes.write(shape, folder, dtype), dtype, args.device)
-    check_memory(checkpoint, args.entries.values())
+    shapes.write(shape, checkpoint.folder, dtype)
     running = start_all(report, args.entries, checkpoint, stack)
     if args.rounds:
         time_all(report, running, products, args)
@@ -217,6 +217,7 @@ def measure(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     for one in tqdm(arrivals, desc="arrivals", disable=not arrivals):
         for name, server in servers.items():
             report.served.append((name, one, serve(server.encode, one)))
+    report.roofline_after = Roofline.measure(products, args.device)
     print(report.results())
     if args.report is not None:
         report.finish(args.report)

@@ -56,10 +56,12 @@ class Report:
         title: the model, its dtype and its device.
         command: that makes it again.
         machine: lines that describe it.
+        arrivals: with the prediction for a prompt of their mean length.
         served: arrivals by contender, in the order in which they were measured.
         memory: bytes that each contender took.
         notes: of each contender.
         left_out: who was not measured, and why.
+        roofline_after: the roofline once more, at the end.
     """
 
     title: str
@@ -72,6 +74,7 @@ class Report:
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     left_out: list[str] = dataclasses.field(default_factory=list)
+    roofline_after: Roofline | None = None
     began: datetime.datetime = dataclasses.field(default_factory=datetime.datetime.now)
 
     def head(self) -> str:
@@ -83,8 +86,7 @@ class Report:
             f"    {self.command}",
             "",
             *(f"- {line}" for line in self.machine),
-            f"- roofline, measured: {roofline.rate / 1e9:.0f} GFLOP/s of matrix products, "
-            f"{roofline.bandwidth / 1e9:.1f} GB/s of memory",
+            f"- roofline, measured: {roofline}",
             "",
             "## Predictions",
             "",
@@ -107,25 +109,24 @@ class Report:
                 "Prompts that arrive by chance: the share of the matrix rate that they ask for, "
                 "above which no server keeps up, and the floor of one alone.",
                 "",
-                "| a second | prompts | tokens of one | share of the roofline | floor, ms |",
+                "| a second | prompts | tokens of one, mean | share of the roofline | floor, ms |",
                 "|---|---|---|---|---|",
             ]
         for arrivals, p in self.arrivals:
-            count = len(arrivals.prompts)
-            tokens = sum(map(len, arrivals.prompts)) / count
-            offered = arrivals.rate * p.operations / count / roofline.rate
-            alone = p.operations / count / roofline.rate
-            reading = p.bytes / roofline.bandwidth
             lines.append(
-                f"| {arrivals.rate:g} | {count} | {tokens:.0f} | {offered:.2f} "
-                f"| {max(alone, reading) * 1e3:.2f} |"
+                f"| {arrivals.rate:g} | {len(arrivals.prompts)} | {arrivals.mean_length} "
+                f"| {arrivals.rate * p.operations / roofline.rate:.2f} | {p.floor * 1e3:.2f} |"
             )
         return "\n".join(lines) + "\n"
 
     def results(self) -> str:
-        lines = ["## Results", ""]
-        lines += [f"- left out: {line}" for line in self.left_out]
-        lines += [""] * bool(self.left_out)
+        lines = ["## Results", "", *(f"- left out: {line}" for line in self.left_out)]
+        if self.roofline_after is not None:
+            lines.append(
+                f"- roofline, measured again at the end: {self.roofline_after} (where it is far "
+                "from that of the predictions, the machine was busy with something else)"
+            )
+        lines.append("")
         for one in self.measured:
             if one.times:
                 lines += self._table(one)
@@ -138,8 +139,8 @@ class Report:
         lines += [
             "",
             "Memory is what this process and its children took more than before, once a contender "
-            "had started and had encoded each batch; weights that are mapped from a file count in "
-            "part where others map them too.",
+            "had started and had encoded each batch, with the libraries that it is the first to "
+            "import. Weights that are mapped from a file count in part where others map them too.",
         ]
         return "\n".join(lines) + "\n"
 

@@ -13,6 +13,9 @@ from benchmark.shapes import Shape
 MOST_WEIGHTS = 2 << 30
 """Bytes of weights that are multiplied in turn: far beyond every cache."""
 
+ROUNDS = 15
+"""Of which the best counts."""
+
 
 class Products:
     """The matrix products of a forward pass alone, each with weights of its own.
@@ -60,7 +63,7 @@ class Products:
         tokens = 8192 if self.device == "cuda" else 2048
         run = self.runner(tokens, layers=1)
         run()
-        return self.operations(tokens, layers=1) / min(clock(run) for _ in range(5))
+        return self.operations(tokens, layers=1) / min(clock(run) for _ in range(ROUNDS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +78,18 @@ class Roofline:
         """The best of `products`: a CPU may be slower in half precision than in float32."""
         return cls(max(one.rate() for one in products), bandwidth(device))
 
+    def __str__(self) -> str:
+        return (
+            f"{self.rate / 1e9:.0f} GFLOP/s of matrix products, "
+            f"{self.bandwidth / 1e9:.1f} GB/s of memory"
+        )
+
 
 def bandwidth(device: str) -> float:
     """Bytes a second that a copy reads and writes, at best."""
     source = torch.ones(256 << 20, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * source.numel() / min(clock(lambda: target.copy_(source)) for _ in range(7))
+    return 2 * source.numel() / min(clock(lambda: target.copy_(source)) for _ in range(ROUNDS))
 
 
 @dataclasses.dataclass(frozen=True)

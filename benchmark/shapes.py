@@ -204,27 +204,31 @@ SHAPES = {
 }
 
 
-def write(shape: Shape, folder: Path, dtype: torch.dtype) -> Path:
-    """A checkpoint of `shape` in `folder`; an existing one is kept.
+def place(shape: Shape, folder: Path, dtype: torch.dtype) -> Path:
+    """Where in `folder` its checkpoint is."""
+    layers = f"-{shape.layers}-layers" if shape.cut else ""
+    return folder / f"{shape.name}{layers}-{str(dtype).removeprefix('torch.')}"
+
+
+def write(shape: Shape, path: Path, dtype: torch.dtype) -> None:
+    """Writes a checkpoint of `shape` to `path`; one that is there is kept.
 
     Its weights are made in `dtype`, so that they are in memory once.
 
     Raises:
         ValueError: it does not fit in memory, or on the disk.
     """
-    layers = f"-{shape.layers}-layers" if shape.cut else ""
-    path = folder / f"{shape.name}{layers}-{str(dtype).removeprefix('torch.')}"
-    if (path / "config.json").exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     size = shape.parameters() * dtype.itemsize
+    free = shutil.disk_usage(path.parent).free
     require(f"The weights of {shape.label}", size, psutil.virtual_memory().available, "of memory")
-    require(f"The checkpoint of {shape.label}", size, shutil.disk_usage(folder).free, "on the disk")
+    require(f"The checkpoint of {shape.label}", size, free, "on the disk")
     torch.manual_seed(0)
     unfinished = path.with_name(f"{path.name}.unfinished")
     shape.model_class._from_config(shape.config, dtype=dtype).save_pretrained(unfinished)
     unfinished.rename(path)
-    return path
 
 
 def require(what: str, size: float, free: float, where: str) -> None:

@@ -103,11 +103,15 @@ class Arrivals:
     times: list[float]
     prompts: Batch
 
+    @property
+    def mean_length(self) -> int:
+        return round(sum(map(len, self.prompts)) / len(self.prompts))
+
     @classmethod
     def poisson(
         cls, rate: float, seconds: float, path: Path, rng: random.Random, longest: int = LONGEST
     ) -> Arrivals:
-        """With independent exponential gaps, and the lengths of a text's lines."""
+        """The first at once, then with independent exponential gaps; lengths are a text's."""
         times = [0.0]
         while times[-1] < seconds:
             times.append(times[-1] + rng.expovariate(rate))
