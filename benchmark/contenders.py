@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -219,6 +220,8 @@ _native_device: str
 def _load_native(architecture: str, folder: str, dtype: str, device: str) -> None:
     """In the process of the native encoder, as are the next three."""
     global _native, _native_model, _native_device
+    from sglang.multimodal_gen.runtime import server_args
+
     _native, _native_device = _NATIVE[architecture], device
     package = "sglang.multimodal_gen"
     make_config = resolve_name(
@@ -227,6 +230,8 @@ def _load_native(architecture: str, folder: str, dtype: str, device: str) -> Non
     make_model = resolve_name(f"{package}.runtime.models.encoders.{_native.module}:{architecture}")
 
     start_native()
+    # All that a decoder's attention asks of a server: to choose by itself.
+    server_args.set_global_server_args(SimpleNamespace(attention_backend=None))
     config = make_config()
     config.update_model_arch(json.loads((Path(folder) / "config.json").read_text()))
     torch.set_default_dtype(getattr(torch, dtype))

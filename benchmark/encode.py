@@ -179,6 +179,10 @@ def measure(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     longest = min(LONGEST, shape.max_length or LONGEST)
     asked = workloads_of(args, shape, rng)
     workloads = [workload for workload in asked if fits(shape, workload.prompts)]
+    if not workloads:
+        raise ValueError(
+            too_long("Nothing is left to measure", shape) + "; give a shorter --length"
+        )
     arrivals = [
         Arrivals.poisson(rate, args.seconds, args.text or PROMPTS, rng, longest)
         for rate in args.rate
@@ -205,7 +209,7 @@ def measure(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         arrivals=[(one, predict([one.mean_length])) for one in arrivals],
         left_out=[too_long(w.label, shape) for w in asked if w not in workloads],
     )
-    print(report.head())
+    print(report.head(), flush=True)
     if args.report is not None:
         report.begin(args.report)
 
@@ -213,10 +217,10 @@ def measure(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     running = start_all(report, args.entries, checkpoint, stack)
     if args.rounds:
         time_all(report, running, products, args)
-    servers = {name: one for name, one in running.items() if one.is_server}
+    agree = set(running).intersection(*(one.work for one in report.measured))
     for one in tqdm(arrivals, desc="arrivals", disable=not arrivals):
-        for name, server in servers.items():
-            report.served.append((name, one, serve(server.encode, one)))
+        for name in (name for name in running if name in agree and running[name].is_server):
+            report.served.append((name, one, serve(running[name].encode, one)))
     report.roofline_after = Roofline.measure(products, args.device)
     print(report.results())
     if args.report is not None:
@@ -254,7 +258,8 @@ def start_all(
 ) -> dict[str, Running]:
     """Starts whoever can be, has each batch encoded, and notes who agrees on it.
 
-    Those that failed or disagreed nowhere are fit for arrivals, too.
+    Returns:
+        Those that have started, by name.
     """
     expected = references(report, entries.values(), checkpoint)
     gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,8 +14,8 @@ from benchmark.shapes import Shape
 MOST_WEIGHTS = 2 << 30
 """Bytes of weights that are multiplied in turn: far beyond every cache."""
 
-ROUNDS = 15
-"""Of which the best counts."""
+MOST_SECONDS = 3.0
+"""For how long a rate is measured, about."""
 
 
 class Products:
@@ -37,33 +38,41 @@ class Products:
     def name(self) -> str:
         return f"products, {str(self.dtype).removeprefix('torch.')}"
 
-    def operations(self, tokens: int, layers: int | None = None) -> int:
-        """Of `layers` blocks, all by default."""
-        blocks = self.layers if layers is None else layers
-        return 2 * tokens * blocks * sum(a * b for a, b in self.block)
+    def operations(self, tokens: int) -> int:
+        return 2 * tokens * self.layers * sum(a * b for a, b in self.block)
 
-    def runner(self, tokens: int, layers: int | None = None) -> Callable[[], object]:
-        """Multiplies `tokens` rows by the weights of `layers` blocks, all by default."""
+    def runner(self, tokens: int) -> Callable[[], object]:
+        """Multiplies `tokens` rows by every weight."""
         inputs = {
             width: torch.randn(tokens, width, device=self.device).to(self.dtype)
             for _, width in self.block
         }
-        turns = range(self.layers if layers is None else layers)
 
         @torch.no_grad()
         def run() -> None:
-            for turn in turns:
+            for turn in range(self.layers):
                 for weight in self.weights[turn % len(self.weights)]:
                     torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
         return run
 
     def rate(self) -> float:
-        """Operations a second, at best, with as many rows as let the weights not count."""
-        tokens = 8192 if self.device == "cuda" else 2048
-        run = self.runner(tokens, layers=1)
-        run()
-        return self.operations(tokens, layers=1) / min(clock(run) for _ in range(ROUNDS))
+        """Operations a second, at best: of the largest product, with so many rows that reading the
+        weight does not count."""
+        weight = max(self.weights[0], key=torch.Tensor.numel)
+        rows = 8192 if self.device == "cuda" else 512
+        x = torch.randn(rows, weight.shape[1], device=self.device).to(self.dtype)
+        return 2 * rows * weight.numel() / best(lambda: torch.nn.functional.linear(x, weight))
+
+
+def best(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of many runs."""
+    run()
+    times = [clock(run) for _ in range(3)]
+    end = time.perf_counter() + MOST_SECONDS
+    while time.perf_counter() < end:
+        times.append(clock(run))
+    return min(times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +98,7 @@ def bandwidth(device: str) -> float:
     """Bytes a second that a copy reads and writes, at best."""
     source = torch.ones(256 << 20, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * source.numel() / min(clock(lambda: target.copy_(source)) for _ in range(ROUNDS))
+    return 2 * source.numel() / best(lambda: target.copy_(source))
 
 
 @dataclasses.dataclass(frozen=True)
