@@ -341,10 +341,16 @@ def time_all(
                 one.work[alone.name] = Work(tokens, alone.operations(tokens))
             one.times = {name: [] for name in runs}
             for turn in range(args.rounds):
-                for name, run in runs.items():
-                    if turn < rounds.get(name, args.rounds):
+                for name, run in list(runs.items()):
+                    if turn >= rounds.get(name, args.rounds):
+                        continue
+                    bar.update()
+                    try:
                         one.times[name].append(run())
-                        bar.update()
+                    # Servers elsewhere refuse, or go away.
+                    except Exception as error:
+                        report.left_out.append(f"{name}, {one.workload.label}: {summary(error)}")
+                        del runs[name], one.times[name], one.work[name]
 
 
 def summary(error: Exception) -> str:

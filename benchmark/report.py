@@ -158,7 +158,7 @@ class Report:
             error = f"{one.errors[name]:.1e}" if name in one.errors else ""
             lines.append(
                 f"| {name} | {median * 1e3:.1f} | {min(values) * 1e3:.1f}–{max(values) * 1e3:.1f} "
-                f"| {median / best:.2f} | {p.floor / median:.2f} "
+                f"| {median / best:.2f} | {p.floor / median:.2g} "
                 f"| {work.tokens / median:.0f} | {work.operations / median / 1e9:.0f} | {error} |"
             )
         lines.append("")
