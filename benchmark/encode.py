@@ -1,10 +1,12 @@
-"""Times encoders against each other and against their matrix products, side by side in one run.
+"""Times encoders against each other and against the machine's roofline, side by side in one run.
 
     python -m benchmark.encode --shape t5-base --dtype bfloat16 --prompts 16 --tokens 256
-    python -m benchmark.encode --prompts 16 --text PROMPTS.txt
+    python -m benchmark.encode --length 77 256 512 --batch 1 8 64 --report FOLDER
+    python -m benchmark.encode --text PROMPTS.txt --rate 1 4 --contenders server
 
 Everybody gets the same ragged prompts, but for `transformers`, which gets its best case, as many of
-equal length, and `in process, one prompt`, which gets all their tokens as one. Rounds are
+equal length, and `in process, one prompt`, which gets all their tokens as one. Predictions are
+written first. Whoever does not agree with transformers in float32 is not timed. Rounds are
 interleaved, so that a drift of the machine falls on all; the medians count.
 """
 
@@ -12,156 +14,347 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
-import platform
+import dataclasses
+import gc
 import random
-import statistics
+import shlex
+import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from tqdm import tqdm
 
-from benchmark import shapes
-from benchmark.contenders import CONTENDERS
+from benchmark import by_url, shapes
+from benchmark.arrivals import serve
+from benchmark.contenders import CONTENDERS, Checkpoint, Contender, Running
+from benchmark.machine import MemoryMeter, clock, describe
+from benchmark.report import Measured, Report, Work
+from benchmark.roofline import Prediction, Products, Roofline
+from benchmark.shapes import Shape
+from benchmark.workloads import (
+    LONGEST,
+    PROMPTS,
+    Arrivals,
+    Batch,
+    Workload,
+    ragged_lengths,
+    text_lengths,
+    token_ids,
+)
 
-
-def ragged_lengths(prompts: int, tokens: int, rng: random.Random) -> list[int]:
-    """`prompts` lengths of at least 2 that add up to `tokens`."""
-    cuts = sorted(rng.sample(range(tokens - 2 * prompts + prompts - 1), prompts - 1))
-    edges = [-1, *cuts, tokens - 2 * prompts + prompts - 1]
-    return [b - a - 1 + 2 for a, b in itertools.pairwise(edges)]
-
-
-def text_lengths(path: Path, prompts: int, rng: random.Random) -> list[int]:
-    """The lengths of `prompts` lines, as one token for every four characters and one for the end.
-
-    An estimate: a model of random weights has no tokenizer.
-    """
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    return [min(512, -(-len(line) // 4) + 1) for line in rng.sample(lines, prompts)]
-
-
-def token_ids(lengths: list[int], rng: random.Random) -> list[list[int]]:
-    return [[rng.randrange(3, 32000) for _ in range(n - 1)] + [1] for n in lengths]
-
-
-def product_runner(shape: str, tokens: int, dtype: torch.dtype) -> Callable[[], object]:
-    """The matrix products of one forward pass over `tokens` rows, each with weights of its own."""
-    weights = [torch.randn(size).to(dtype) for size in shapes.products(shape)]
-    inputs = {w.shape[1]: torch.randn(tokens, w.shape[1]).to(dtype) for w in weights}
-
-    @torch.no_grad()
-    def run() -> None:
-        for weight in weights:
-            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-
-    return run
-
-
-def clock(run: Callable[[], object]) -> float:
-    # The threads of whoever computed before this still spin for some milliseconds.
-    time.sleep(0.05)
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 3e-2, torch.float32: 1e-4}
+"""Largest relative error of an encoder, by its dtype."""
+PROCESS = 1 << 30
+"""Bytes that a contender takes beside its weights, about."""
+COMPARED = 8
+"""Prompts of a batch that are compared, evenly spaced."""
 
 
 def distance(found: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
     """Relative error in the Frobenius norm over the whole batch."""
-    a, b = torch.cat([t.float() for t in found]), torch.cat(reference)
+    a, b = torch.cat([t.float().cpu() for t in found]), torch.cat(reference)
     return ((a - b).norm() / b.norm()).item()
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+def compared(batch: Batch) -> list[int]:
+    """Which prompts of a batch are compared."""
+    return list(range(0, len(batch), -(-len(batch) // COMPARED)))
 
 
-def main() -> None:
+def workloads_of(args: argparse.Namespace, shape: Shape, rng: random.Random) -> list[Workload]:
+    """What was asked for, as far as the shape takes it."""
+    longest = min(LONGEST, shape.max_length or LONGEST)
+    batches = args.batch or [args.prompts]
+    if args.length:
+        return [
+            Workload(f"{length} tokens each", token_ids([length] * batch, rng))
+            for length in args.length
+            for batch in batches
+        ]
+    if args.text is not None:
+        return [
+            Workload(args.text.name, token_ids(text_lengths(args.text, batch, rng, longest), rng))
+            for batch in batches
+        ]
+    lengths = {batch: ragged_lengths(batch, args.tokens, rng) for batch in batches}
+    return [
+        Workload(f"{args.tokens} tokens in all", token_ids(lengths[batch], rng))
+        for batch in batches
+    ]
+
+
+def check_memory(checkpoint: Checkpoint, contenders: Iterable[Contender]) -> None:
+    """
+    Raises:
+        ValueError: the reference, or all that are measured together, would not fit.
+    """
+    shape, device = checkpoint.shape, checkpoint.device
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    where = f"of memory ({device})"
+    parameters, local = shape.parameters(), sum(contender.local for contender in contenders)
+    shapes.require(f"{shape.label} in float32, the reference,", 4 * parameters, free, where)
+    together = local * (parameters * checkpoint.dtype.itemsize + PROCESS)
+    shapes.require(f"{shape.label}, {local} contenders at once,", together, free, where)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=shapes.SHAPES, default="t5-base")
+    parser.add_argument("--layers", type=int, help="of the shape, the first so many")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=256, help="of all prompts together")
-    parser.add_argument(
-        "--text", type=Path, help="a file of prompts, a line each, for their lengths"
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    what = parser.add_argument_group("workloads")
+    what.add_argument("--prompts", type=int, default=16)
+    what.add_argument("--tokens", type=int, default=256, help="of all prompts together")
+    what.add_argument(
+        "--text",
+        type=Path,
+        nargs="?",
+        const=PROMPTS,
+        help="a file of prompts, a line each, for their lengths; a few of our own by default",
     )
-    parser.add_argument("--rounds", type=int, default=9)
+    what.add_argument("--length", type=int, nargs="+", help="of every prompt, in place of --tokens")
+    what.add_argument("--batch", type=int, nargs="+", help="in place of --prompts, one by one")
+    what.add_argument(
+        "--rate",
+        type=float,
+        nargs="+",
+        default=[],
+        help="of prompts that arrive by chance, a second, with the lengths of --text; servers only",
+    )
+    what.add_argument("--seconds", type=float, default=30, help="of each rate")
+    parser.add_argument("--rounds", type=int, default=9, help="0 for arrivals alone")
     parser.add_argument("--slow-rounds", type=int, default=1, help="of the native encoder")
     parser.add_argument(
         "--contenders",
-        nargs="+",
+        nargs="*",
         choices=CONTENDERS,
         default=["in process", "server", "transformers", "native"],
     )
+    parser.add_argument(
+        "--url",
+        nargs="+",
+        default=[],
+        metavar="NAME=KIND:URL",
+        help="servers that run already; a kind is one of " + ", ".join(by_url.KINDS),
+    )
     parser.add_argument("--folder", type=Path, help="keeps the checkpoint for another run")
+    parser.add_argument("--report", type=Path, help="a folder for README.md and its plots")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
+    args.entries = {name: CONTENDERS[name] for name in args.contenders}
+    try:
+        args.entries |= dict(map(by_url.parse, args.url))
+        args.shape = shapes.SHAPES[args.shape]
+        if args.layers is not None:
+            args.shape = args.shape.with_layers(args.layers)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    try:
+        with contextlib.ExitStack() as stack:
+            measure(args, stack)
+    except ValueError as error:
+        raise SystemExit(f"benchmark.encode: {error}") from error
+
+
+def measure(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    """Predicts, compares and times, and says so; what it starts runs until `stack` ends.
+
+    Raises:
+        ValueError: something that was asked for is impossible.
+    """
+    shape: Shape = args.shape
     dtype = getattr(torch, args.dtype)
     rng = random.Random(args.seed)
-    if args.text is not None:
-        lengths = text_lengths(args.text, args.prompts, rng)
-        args.tokens = sum(lengths)
-    else:
-        lengths = ragged_lengths(args.prompts, args.tokens, rng)
-    ragged = token_ids(lengths, rng)
-    equal = token_ids([args.tokens // args.prompts] * args.prompts, rng)
-    whole = token_ids([args.tokens], rng)
-    own = {"transformers": equal, "in process, one prompt": whole}
-    batches = {name: own.get(name, ragged) for name in args.contenders}
-
-    with contextlib.ExitStack() as stack:
-        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        checkpoint = shapes.write(args.shape, folder, dtype)
-        with CONTENDERS["transformers"](checkpoint, torch.float32) as reference:
-            asked = {id(batch): batch for batch in batches.values()}
-            expected = {key: reference(batch) for key, batch in asked.items()}
-
-        runs: dict[str, Callable[[], object]] = {}
-        errors: dict[str, float] = {}
-        for name in tqdm(args.contenders, desc="starting"):
-            encode = stack.enter_context(CONTENDERS[name](checkpoint, dtype))
-            batch = batches[name]
-            errors[name] = distance(encode(batch), expected[id(batch)])  # and warms it up
-            runs[name] = lambda encode=encode, batch=batch: encode(batch)
-        for name in {args.dtype, "float32"}:
-            key = f"products, {name}"
-            runs[key] = product_runner(args.shape, args.tokens, getattr(torch, name))
-            runs[key]()
-
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in tqdm(range(args.rounds), desc="measuring"):
-            for name, run in runs.items():
-                if name != "native" or turn < args.slow_rounds:
-                    times[name].append(clock(run))
-
-    flops = 2 * args.tokens * sum(a * b for a, b in shapes.products(args.shape))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    best = min(value for name, value in medians.items() if name.startswith("products"))
-    print(
-        f"\n{args.shape}, {args.dtype}, {args.prompts} prompts of {min(lengths)} to {max(lengths)} "
-        f"tokens, {args.tokens} in all\n{cpu_name()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}\n"
-    )
-    print("| | median, ms | min–max | × best products | GFLOP/s | error |")
-    print("|---|---|---|---|---|---|")
-    for name, values in sorted(times.items(), key=lambda item: medians[item[0]]):
-        median = medians[name]
-        error = f"{errors[name]:.1e}" if name in errors else ""
-        print(
-            f"| {name} | {median * 1e3:.1f} | {min(values) * 1e3:.1f}–{max(values) * 1e3:.1f} "
-            f"| {median / best:.2f} | {flops / median / 1e9:.0f} | {error} |"
+    longest = min(LONGEST, shape.max_length or LONGEST)
+    asked = workloads_of(args, shape, rng)
+    workloads = [workload for workload in asked if fits(shape, workload.prompts)]
+    if not workloads:
+        raise ValueError(
+            too_long("Nothing is left to measure", shape) + "; give a shorter --length"
         )
-    for other in ("native", "transformers, sorted", "in process, one prompt"):
-        for name in ("in process", "server"):
-            if other in medians and name in medians:
-                print(f"\n{other} / {name}: {medians[other] / medians[name]:.3g}")
+    arrivals = [
+        Arrivals.poisson(rate, args.seconds, args.text or PROMPTS, rng, longest)
+        for rate in args.rate
+    ]
+
+    folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    checkpoint = Checkpoint(shape, shapes.place(shape, folder, dtype), dtype, args.device)
+    check_memory(checkpoint, args.entries.values())
+
+    # Where half precision is slower than float32, that is what the products are compared with.
+    dtypes = {dtype} if args.device == "cuda" else {dtype, torch.float32}
+    products = [Products(shape, one, args.device) for one in sorted(dtypes, key=str)]
+    roofline = Roofline.measure(products, args.device)
+
+    def predict(lengths: list[int]) -> Prediction:
+        return Prediction.of(shape, lengths, dtype, roofline)
+
+    report = Report(
+        title=f"{shape.label}, {args.dtype}, {args.device}",
+        command=f"python -m benchmark.encode {shlex.join(sys.argv[1:])}",
+        machine=describe(args.device),
+        roofline=roofline,
+        measured=[Measured(workload, predict(workload.lengths)) for workload in workloads],
+        arrivals=[(one, predict([one.mean_length])) for one in arrivals],
+        left_out=[too_long(w.label, shape) for w in asked if w not in workloads],
+    )
+    print(report.head(), flush=True)
+    if args.report is not None:
+        report.begin(args.report)
+
+    shapes.write(shape, checkpoint.folder, dtype)
+    running = start_all(report, args.entries, checkpoint, stack)
+    if args.rounds:
+        time_all(report, running, products, args)
+    agree = set(running).intersection(*(one.work for one in report.measured))
+    for one in tqdm(arrivals, desc="arrivals", disable=not arrivals):
+        for name in (name for name in running if name in agree and running[name].is_server):
+            report.served.append((name, one, serve(running[name].encode, one)))
+    report.roofline_after = Roofline.measure(products, args.device)
+    print(report.results())
+    if args.report is not None:
+        report.finish(args.report)
+
+
+def fits(shape: Shape, batch: Batch) -> bool:
+    return shape.max_length is None or max(map(len, batch)) <= shape.max_length
+
+
+def too_long(what: str, shape: Shape) -> str:
+    return f"{what}: {shape.name} takes {shape.max_length} tokens at most"
+
+
+def references(
+    report: Report, entries: Iterable[Contender], checkpoint: Checkpoint
+) -> dict[int, list[torch.Tensor]]:
+    """The states by transformers in float32 of what is compared, by the batch's id."""
+    arrangements = {contender.arrangement for contender in entries}
+    batches = [one.workload.arranged[name] for one in report.measured for name in arrangements]
+    batches = {id(batch): batch for batch in batches if fits(checkpoint.shape, batch)}
+    exact = dataclasses.replace(checkpoint, dtype=torch.float32)
+    with CONTENDERS["transformers"].start(exact) as reference:
+        return {
+            key: [reference.encode([batch[i]])[0].cpu() for i in compared(batch)]
+            for key, batch in tqdm(batches.items(), desc="reference")
+        }
+
+
+def start_all(
+    report: Report,
+    entries: dict[str, Contender],
+    checkpoint: Checkpoint,
+    stack: contextlib.ExitStack,
+) -> dict[str, Running]:
+    """Starts whoever can be, has each batch encoded, and notes who agrees on it.
+
+    Returns:
+        Those that have started, by name.
+    """
+    expected = references(report, entries.values(), checkpoint)
+    gc.collect()
+    meter = MemoryMeter(checkpoint.device)
+    running: dict[str, Running] = {}
+    for name, contender in tqdm(entries.items(), desc="starting"):
+        try:
+            started = stack.enter_context(contender.start(checkpoint))
+        # Whatever it is, the others can be measured.
+        except Exception as error:
+            report.left_out.append(f"{name} does not start: {summary(error)}")
+            continue
+        running[name] = started
+        unchecked = "" if started.states else "vectors, not states: its agreement is not checked"
+        report.notes[name] = "; ".join(filter(None, (started.note, unchecked)))
+        for one in report.measured:
+            batch = one.workload.arranged[contender.arrangement]
+            wrong = try_out(one, name, started, batch, expected.get(id(batch)), checkpoint)
+            if wrong:
+                report.left_out.append(wrong)
+            else:
+                lengths = list(map(len, batch))
+                one.work[name] = Work(sum(lengths), checkpoint.shape.operations(lengths))
+        if contender.local:
+            report.memory[name] = meter.bytes()
+    return running
+
+
+def try_out(
+    one: Measured,
+    name: str,
+    running: Running,
+    batch: Batch,
+    expected: list[torch.Tensor] | None,
+    checkpoint: Checkpoint,
+) -> str | None:
+    """What is wrong with a contender's answer for `batch`, which also warms it up."""
+    what = f"{name}, {one.workload.label}"
+    if expected is None:
+        return too_long(what, checkpoint.shape)
+    try:
+        found = running.encode(batch)
+        if running.states:
+            one.errors[name] = distance([found[i] for i in compared(batch)], expected)
+    except Exception as error:
+        return f"{what}: {summary(error)}"
+    bound = BOUNDS[checkpoint.dtype]
+    # Nor is a NaN within it.
+    if running.states and not one.errors[name] < bound:
+        error = f"{one.errors[name]:.1e}, more than {bound:.0e}"
+        return f"{what}: differs from transformers in float32 by {error}"
+    return None
+
+
+def time_all(
+    report: Report,
+    running: dict[str, Running],
+    products: list[Products],
+    args: argparse.Namespace,
+) -> None:
+    """Times whoever agreed, and the products alone: one workload after the other, in rounds."""
+    rounds = {
+        name: args.slow_rounds if contender.slow else args.rounds
+        for name, contender in args.entries.items()
+    }
+    total = sum(rounds[name] for one in report.measured for name in one.work)
+    total += args.rounds * len(report.measured) * len(products)
+    with tqdm(total=total, desc="measuring") as bar:
+        for one in report.measured:
+            tokens = one.workload.tokens
+            runs: dict[str, Callable[[], float]] = {}
+            for name in one.work:
+                batch = one.workload.arranged[args.entries[name].arrangement]
+                runs[name] = partial(running[name].time, batch)
+            for alone in products:
+                multiply = alone.runner(tokens)
+                multiply()
+                runs[alone.name] = partial(clock, multiply)
+                one.work[alone.name] = Work(tokens, alone.operations(tokens))
+            one.times = {name: [] for name in runs}
+            for turn in range(args.rounds):
+                for name, run in list(runs.items()):
+                    if turn >= rounds.get(name, args.rounds):
+                        continue
+                    bar.update()
+                    try:
+                        one.times[name].append(run())
+                    # Servers elsewhere refuse, or go away.
+                    except Exception as error:
+                        report.left_out.append(f"{name}, {one.workload.label}: {summary(error)}")
+                        del runs[name], one.times[name], one.work[name]
+
+
+def summary(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmark import shapes
-from benchmark.encode import clock, cpu_name, product_runner
+from benchmark.machine import clock, cpu_name
+from benchmark.roofline import Products
 
 
-def packed_runner(shape: str, tokens: int, dtype: torch.dtype):
-    """The products of `product_runner`, with packed weights."""
+def packed_runner(shape: shapes.Shape, tokens: int, dtype: torch.dtype):
+    """The products of `Products`, with packed weights."""
     method, layers = PackedLinearMethod(), []
-    for outputs, inputs in shapes.products(shape):
+    for outputs, inputs in shape.products():
         layer = nn.Module()
         layer.weight = nn.Parameter(torch.randn(outputs, inputs).to(dtype), requires_grad=False)
         method.process_weights_after_loading(layer)
@@ -41,16 +42,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024])
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
+    shape = shapes.SHAPES[args.shape]
 
-    print(f"{args.shape}, {cpu_name()}, {torch.get_num_threads()} threads\n")
+    print(f"{shape.name}, {cpu_name()}, {torch.get_num_threads()} threads\n")
     print("| dtype | tokens | torch, ms | packed, ms | torch / packed |")
     print("|---|---|---|---|---|")
     for name in ("bfloat16", "float16", "float32"):
         dtype = getattr(torch, name)
         if not multiplies(dtype):
             continue
+        products = Products(shape, dtype)
         for tokens in tqdm(args.tokens, desc=name, leave=False):
-            runs = [make(args.shape, tokens, dtype) for make in (product_runner, packed_runner)]
+            runs = [products.runner(tokens), packed_runner(shape, tokens, dtype)]
             for run in runs:
                 run()
             times = [[clock(run) for run in runs] for _ in range(args.rounds)]

@@ -30,7 +30,7 @@ from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
 from sglang.srt.platforms import portable_cpu
 
 from benchmark.contenders import start_native
-from benchmark.encode import clock
+from benchmark.machine import clock
 
 # https://huggingface.co/openai/clip-vit-large-patch14 and Qwen/Qwen3-0.6B: config.json of each.
 CLIP_L: dict[str, Any] = {

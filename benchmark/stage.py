@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import tiny_pipelines
 from benchmark.contenders import start_native
-from benchmark.encode import clock, cpu_name
+from benchmark.machine import clock, cpu_name
 
 PROMPT = "a red fox in the snow at dawn"
 COMPONENT, TOKENIZER, INDEX = "text_encoder_2", "tokenizer_2", 1

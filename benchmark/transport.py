@@ -25,7 +25,7 @@ from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel
 
-from benchmark.encode import clock, cpu_name
+from benchmark.machine import clock, cpu_name
 
 
 def main() -> None:

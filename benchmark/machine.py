@@ -1,0 +1,85 @@
+"""The machine under a benchmark: what it is, its clock, and the memory that processes take."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def synchronize() -> None:
+    """Waits for what was started on a GPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def clock(run: Callable[[], object]) -> float:
+    """Seconds that `run` takes, on a GPU too."""
+    # The threads of whoever computed before this still spin for some milliseconds.
+    time.sleep(0.05)
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def describe(device: str) -> list[str]:
+    """The machine and what runs on it, a line each."""
+    total = psutil.virtual_memory().total
+    lines = [
+        f"{cpu_name()}, {psutil.cpu_count()} cores, {torch.get_num_threads()} threads of torch, "
+        f"{torch.backends.cpu.get_cpu_capability()}, {total / 1e9:.0f} GB of memory",
+        ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "sglang")),
+    ]
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        lines.insert(1, f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB")
+    return lines
+
+
+class MemoryMeter:
+    """What has been taken since the last call: of this process and its children, or of a GPU.
+
+    On a CPU it is proportional resident memory, in which shared pages count once. On a GPU it is
+    the peak of this process, or, where that did not rise, what others have taken.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        self._before = self._taken()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._allocated = torch.cuda.memory_allocated()
+
+    def _taken(self) -> int:
+        if self.device == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            return total - free
+        me = psutil.Process()
+        size = 0
+        for process in (me, *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                size += process.memory_full_info().pss
+        return size
+
+    def bytes(self) -> int:
+        grown = self._taken() - self._before
+        if self.device == "cuda":
+            own = torch.cuda.max_memory_allocated() - self._allocated
+            grown = own or grown
+        self.__init__(self.device)
+        return max(0, grown)

@@ -1,0 +1,200 @@
+"""What a run says, as Markdown: predictions before it, results after it. Plots are in plots.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmark import plots
+from benchmark.arrivals import Served
+from benchmark.roofline import Prediction, Roofline
+from benchmark.workloads import Arrivals, Workload
+
+DIVIDED = ("native", "transformers, sorted", "in process, one prompt")
+BY = ("in process", "server")
+
+
+class Work(NamedTuple):
+    """What is computed in the time of a batch."""
+
+    tokens: int
+    operations: int
+
+
+@dataclasses.dataclass
+class Measured:
+    """A workload, its prediction, and what was measured.
+
+    Attributes:
+        work: of each contender that agrees, and of the products alone.
+        times: seconds of each of them.
+        errors: relative to transformers in float32, of those that were compared.
+    """
+
+    workload: Workload
+    prediction: Prediction
+    work: dict[str, Work] = dataclasses.field(default_factory=dict)
+    times: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.times[name])
+
+    @property
+    def best_products(self) -> float:
+        return min(self.median(name) for name in self.times if name.startswith("products"))
+
+
+@dataclasses.dataclass
+class Report:
+    """Of one run; filled while it goes.
+
+    Attributes:
+        title: the model, its dtype and its device.
+        command: that makes it again.
+        machine: lines that describe it.
+        arrivals: with the prediction for a prompt of their mean length.
+        served: arrivals by contender, in the order in which they were measured.
+        memory: bytes that each contender took.
+        notes: of each contender.
+        left_out: who was not measured, and why.
+        roofline_after: the roofline once more, at the end.
+    """
+
+    title: str
+    command: str
+    machine: list[str]
+    roofline: Roofline
+    measured: list[Measured]
+    arrivals: list[tuple[Arrivals, Prediction]]
+    served: list[tuple[str, Arrivals, Served]] = dataclasses.field(default_factory=list)
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    roofline_after: Roofline | None = None
+    began: datetime.datetime = dataclasses.field(default_factory=datetime.datetime.now)
+
+    def head(self) -> str:
+        """What is known before anything is measured."""
+        roofline = self.roofline
+        lines = [
+            f"# {self.title}",
+            "",
+            f"    {self.command}",
+            "",
+            *(f"- {line}" for line in self.machine),
+            f"- roofline, measured: {roofline}",
+            "",
+            "## Predictions",
+            "",
+            f"Written {self.began:%Y-%m-%d %H:%M}, before anything else was measured. The floor is "
+            "the longer of operations by the rate and bytes by the bandwidth: of the weights once, "
+            "of the embeddings and of the states that are given back.",
+            "",
+            "| workload | operations, G | bytes, M | floor, ms | bound by |",
+            "|---|---|---|---|---|",
+        ]
+        for one in self.measured:
+            p = one.prediction
+            lines.append(
+                f"| {one.workload.label} | {p.operations / 1e9:.1f} | {p.bytes / 1e6:.1f} "
+                f"| {p.floor * 1e3:.2f} | {p.bound} |"
+            )
+        if self.arrivals:
+            lines += [
+                "",
+                "Prompts that arrive by chance: the share of the matrix rate that they ask for, "
+                "above which no server keeps up, and the floor of one alone.",
+                "",
+                "| a second | prompts | tokens of one, mean | share of the roofline | floor, ms |",
+                "|---|---|---|---|---|",
+            ]
+        for arrivals, p in self.arrivals:
+            lines.append(
+                f"| {arrivals.rate:g} | {len(arrivals.prompts)} | {arrivals.mean_length} "
+                f"| {arrivals.rate * p.operations / roofline.rate:.2f} | {p.floor * 1e3:.2f} |"
+            )
+        return "\n".join(lines) + "\n"
+
+    def results(self) -> str:
+        lines = ["## Results", "", *(f"- left out: {line}" for line in self.left_out)]
+        if self.roofline_after is not None:
+            lines.append(
+                f"- roofline, measured again at the end: {self.roofline_after} (where it is far "
+                "from that of the predictions, the machine was busy with something else)"
+            )
+        lines.append("")
+        for one in self.measured:
+            if one.times:
+                lines += self._table(one)
+        if self.served:
+            lines += self._served()
+        lines += ["### Contenders", "", "| | memory, MB | |", "|---|---|---|"]
+        for name, note in self.notes.items():
+            taken = f"{self.memory[name] / 1e6:.0f}" if name in self.memory else ""
+            lines.append(f"| {name} | {taken} | {note} |")
+        lines += [
+            "",
+            "Memory is what this process and its children took more than before, once a contender "
+            "had started and had encoded each batch, with the libraries that it is the first to "
+            "import. Weights that are mapped from a file count in part where others map them too.",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _table(self, one: Measured) -> list[str]:
+        lines = [
+            f"### {one.workload.group}: {one.workload.label}",
+            "",
+            "| | median, ms | min–max | × best products | of the roofline | tokens/s | GFLOP/s "
+            "| error |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        best, p = one.best_products, one.prediction
+        for name in sorted(one.times, key=one.median):
+            median, values, work = one.median(name), one.times[name], one.work[name]
+            error = f"{one.errors[name]:.1e}" if name in one.errors else ""
+            lines.append(
+                f"| {name} | {median * 1e3:.1f} | {min(values) * 1e3:.1f}–{max(values) * 1e3:.1f} "
+                f"| {median / best:.2f} | {p.floor / median:.2g} "
+                f"| {work.tokens / median:.0f} | {work.operations / median / 1e9:.0f} | {error} |"
+            )
+        lines.append("")
+        for other in DIVIDED:
+            for name in BY:
+                if other in one.times and name in one.times:
+                    ratio = one.median(other) / one.median(name)
+                    lines += [f"{other} / {name}: {ratio:.3g}", ""]
+        return lines
+
+    def _served(self) -> list[str]:
+        lines = [
+            "### Arrivals",
+            "",
+            "Poisson arrivals in an open loop: latencies count from when a prompt was due, in ms.",
+            "",
+            "| | a second | answered a second | p50 | p95 | p99 | answers | errors |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, arrivals, served in self.served:
+            latencies = " | ".join(f"{served.percentile(p) * 1e3:.1f}" for p in (0.5, 0.95, 0.99))
+            errors = ", ".join(f"{count} {kind}" for kind, count in served.errors.items()) or "0"
+            lines.append(
+                f"| {name} | {arrivals.rate:g} | {served.throughput:.2f} | {latencies} "
+                f"| {len(served.latencies)} | {errors} |"
+            )
+        return [*lines, ""]
+
+    def begin(self, folder: Path) -> None:
+        """Writes the predictions."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(self.head())
+
+    def finish(self, folder: Path) -> None:
+        """Writes it all, with its plots."""
+        drawn = plots.draw(self.title, self.measured, self.served, folder)
+        images = [f"![{title}]({file})\n" for title, file in drawn.items()]
+        text = [self.head(), self.results(), *(["## Plots\n", *images] if images else [])]
+        (folder / "README.md").write_text("\n".join(text))

@@ -1,0 +1,129 @@
+"""What a machine could do at best, and how long a forward pass would take if it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmark.machine import clock
+from benchmark.shapes import Shape
+
+MOST_WEIGHTS = 2 << 30
+"""Bytes of weights that are multiplied in turn: far beyond every cache."""
+
+MOST_SECONDS = 3.0
+"""For how long a rate is measured, about."""
+
+
+class Products:
+    """The matrix products of a forward pass alone, each with weights of its own.
+
+    A model of more than MOST_WEIGHTS has its first blocks in place of all the others.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str = "cpu"):
+        self.dtype, self.device = dtype, device
+        self.block = shape.block()
+        size = sum(a * b for a, b in self.block) * dtype.itemsize
+        self.layers = shape.layers
+        held = max(1, min(self.layers, MOST_WEIGHTS // size))
+        self.weights = [
+            [torch.randn(size, device=device).to(dtype) for size in self.block] for _ in range(held)
+        ]
+
+    @property
+    def name(self) -> str:
+        return f"products, {str(self.dtype).removeprefix('torch.')}"
+
+    def operations(self, tokens: int) -> int:
+        return 2 * tokens * self.layers * sum(a * b for a, b in self.block)
+
+    def runner(self, tokens: int) -> Callable[[], object]:
+        """Multiplies `tokens` rows by every weight."""
+        inputs = {
+            width: torch.randn(tokens, width, device=self.device).to(self.dtype)
+            for _, width in self.block
+        }
+
+        @torch.no_grad()
+        def run() -> None:
+            for turn in range(self.layers):
+                for weight in self.weights[turn % len(self.weights)]:
+                    torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+        return run
+
+    def rate(self) -> float:
+        """Operations a second, at best: of the largest product, with so many rows that reading the
+        weight does not count."""
+        weight = max(self.weights[0], key=torch.Tensor.numel)
+        rows = 8192 if self.device == "cuda" else 512
+        x = torch.randn(rows, weight.shape[1], device=self.device).to(self.dtype)
+        return 2 * rows * weight.numel() / best(lambda: torch.nn.functional.linear(x, weight))
+
+
+def best(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of many runs."""
+    run()
+    times = [clock(run) for _ in range(3)]
+    end = time.perf_counter() + MOST_SECONDS
+    while time.perf_counter() < end:
+        times.append(clock(run))
+    return min(times)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """What was measured: operations a second of matrix products, and bytes a second of memory."""
+
+    rate: float
+    bandwidth: float
+
+    @classmethod
+    def measure(cls, products: Sequence[Products], device: str) -> Roofline:
+        """The best of `products`: a CPU may be slower in half precision than in float32."""
+        return cls(max(one.rate() for one in products), bandwidth(device))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rate / 1e9:.0f} GFLOP/s of matrix products, "
+            f"{self.bandwidth / 1e9:.1f} GB/s of memory"
+        )
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second that a copy reads and writes, at best."""
+    source = torch.ones(256 << 20, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * source.numel() / best(lambda: target.copy_(source))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The least that a forward pass takes.
+
+    Attributes:
+        operations: of products and attention.
+        bytes: of every weight once, and of an embedding that is read and a state that is written
+            for each token. What goes from layer to layer may stay in a cache, and does not count.
+        floor: seconds.
+    """
+
+    operations: int
+    bytes: int
+    floor: float
+    bound: str
+
+    @classmethod
+    def of(
+        cls, shape: Shape, lengths: Sequence[int], dtype: torch.dtype, roofline: Roofline
+    ) -> Prediction:
+        operations = shape.operations(lengths)
+        values = sum(a * b for a, b in shape.products()) + 2 * sum(lengths) * shape.hidden
+        size = values * dtype.itemsize
+        computing, reading = operations / roofline.rate, size / roofline.bandwidth
+        bound = "operations" if computing > reading else "memory"
+        return cls(operations, size, max(computing, reading), bound)
