@@ -20,7 +20,7 @@ import transformers
 from sglang.srt.encode_only.local_server import LocalServer
 from tqdm import tqdm
 
-from benchmark.encode import cpu_name
+from benchmark.machine import cpu_name
 
 # Not the program of a server, as far as `encode_only/launch.py` can tell.
 ANEW = """
