@@ -31,19 +31,9 @@ from sglang.srt.platforms import portable_cpu
 
 from benchmark.contenders import start_native
 from benchmark.machine import clock
+from benchmark.shapes import SHAPES
 
-# https://huggingface.co/openai/clip-vit-large-patch14 and Qwen/Qwen3-0.6B: config.json of each.
-CLIP_L: dict[str, Any] = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": 1,
-}
+# https://huggingface.co/Qwen/Qwen3-0.6B: its config.json.
 QWEN3: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 1024,
@@ -106,7 +96,7 @@ def spread(times: list[float]) -> str:
 
 def clip(folder: Path, dtype: str, rounds: int) -> None:
     torch.manual_seed(0)
-    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_L))
+    model = transformers.CLIPTextModel(SHAPES["clip-l"].config)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     prompt = [49406, *(random.Random(0).randrange(49000) for _ in range(14)), END]
     ids = prompt + [END] * (77 - len(prompt))

@@ -109,6 +109,20 @@ def _t5(**settings: Any) -> dict[str, Any]:
     return {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "d_kv": 64, **settings}
 
 
+def _clip(hidden: int, **settings: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 49408,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "projection_dim": hidden,
+        "max_position_embeddings": 77,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        **settings,
+    }
+
+
 # The config.json of each, on https://huggingface.co: google/t5-v1_1-base, -large and -xxl,
 # google/umt5-xxl, openai/clip-vit-large-patch14 and laion/CLIP-ViT-bigG-14-laion2B-39B-b160k (their
 # text_config), Qwen/Qwen2.5-VL-7B-Instruct (without its vision tower and the positions of images,
@@ -139,36 +153,12 @@ SHAPES = {
         Shape(
             "clip-l",
             "CLIPTextModel",
-            {
-                "vocab_size": 49408,
-                "hidden_size": 768,
-                "intermediate_size": 3072,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                "projection_dim": 768,
-                "hidden_act": "quick_gelu",
-                "max_position_embeddings": 77,
-                "bos_token_id": 0,
-                "eos_token_id": 2,
-                "pad_token_id": 1,
-            },
+            _clip(768, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu"),
         ),
         Shape(
             "clip-bigg",
             "CLIPTextModelWithProjection",
-            {
-                "vocab_size": 49408,
-                "hidden_size": 1280,
-                "intermediate_size": 5120,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 20,
-                "projection_dim": 1280,
-                "hidden_act": "gelu",
-                "max_position_embeddings": 77,
-                "bos_token_id": 0,
-                "eos_token_id": 2,
-                "pad_token_id": 1,
-            },
+            _clip(1280, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu"),
         ),
         Shape(
             "qwen2.5-vl-7b",
