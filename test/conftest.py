@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,18 @@ from transformers import (
 import tiny_tokenizers
 from checkpoints import fresh_seed
 from server_control import API_KEY, QUEUE
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        # Of processes that share the cores, each would wait for the threads of the other.
+        torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Encoders that close collect garbage, for seconds if it is among all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

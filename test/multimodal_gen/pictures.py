@@ -1,13 +1,17 @@
 """The pictures that tests compare, and a program that makes them: `pictures.py RUNS.json`.
 
 Each run is a generator of sglang's Python API over one pipeline folder, in processes of its own, so
-that tests can have several under way and leave plugins out of some.
+that tests can have several under way and leave plugins out of some. The processes of a program are
+forks of one that has imported the runtime, where stock would start each anew, for 20 seconds. How
+stock starts them is what the tests of `sglang generate` and `sglang serve` use.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -166,6 +170,22 @@ def _pixels(samples: Any) -> np.ndarray:
     return torch.as_tensor(samples).float().numpy() * 255
 
 
+def main(runs: list[dict[str, Any]]) -> None:
+    from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks, load_plugins
+
+    load_plugins()
+    apply_plugin_hooks()
+    importlib.import_module("sglang.multimodal_gen.runtime.launch_server")
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork
+    for run in runs:
+        # A fork too: this process has to stay without threads.
+        process = fork.Process(target=make, kwargs=run)
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode)
+
+
 if __name__ == "__main__":
-    for run in json.loads(Path(sys.argv[1]).read_text()):
-        make(**run)
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -27,7 +27,8 @@ class Deployment(Service):
         port = ports("encoder")["encoder"]
         self.encoder_url = f"http://127.0.0.1:{port}"
         encoders = ["server", f"text_encoder_2=server:{port}"]
-        super().__init__(flux, folder, encoders, batching_max_size=8, batching_delay_ms=500)
+        more = {"batching_max_size": 8, "batching_delay_ms": 500, "srt_encoder_timeout": 100}
+        super().__init__(flux, folder, encoders, **more)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +81,11 @@ def test_one_that_dies_comes_back(deployment: Deployment) -> None:
         if "text_encoder_2" in keeper.cmdline():
             for server in keeper.children():
                 os.kill(server.pid, signal.SIGKILL)
-    said = deployment.error("meanwhile")
-    assert "text_encoder_2 on srt" in said and deployment.encoder_url in said
     health = deployment.health()
     assert health.status_code == 503 and deployment.encoder_url in health.json()["error"]
-    wait_until_healthy(deployment)
+    # It waits.
     deployment.picture(prompt="meanwhile")
+    assert deployment.health().status_code == 200
 
 
 def test_a_port_in_use(deployment: Deployment, flux: Path) -> None:

@@ -30,6 +30,11 @@ ONE, TWO = "http://10.0.0.7:30000", "https://encoders.example/t5"
         (ONE, Placements(Servers((ONE,)))),
         (f"{ONE}/,{TWO}", Placements(Servers((ONE, TWO)))),
         ("http://[::1]:30000", Placements(Servers(("http://[::1]:30000",)))),
+        # As a worker is told where such a server is.
+        (
+            f"text_encoder=server:{ONE}",
+            Placements(None, {"text_encoder": Servers((ONE,), local=True)}),
+        ),
         (
             f"text_encoder=srt text_encoder_2={ONE},{TWO}",
             Placements(None, {"text_encoder": InWorker(), "text_encoder_2": Servers((ONE, TWO))}),

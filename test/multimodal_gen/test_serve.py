@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -14,6 +16,8 @@ from pictures import CASES, Pictures, image
 from service import Service
 from sglang.srt.encode_only.local_server import LocalServer
 from transformers import T5EncoderModel
+
+from server_control import frozen_scheduler
 
 
 @pytest.mark.parametrize("case", ["one", "negative"])
@@ -107,6 +111,29 @@ def test_an_encoder_that_does_not_answer(service: Service):
     with service.relay.silent():
         said = service.error("into the dark")
     assert "text_encoder_2" in said and service.relay.url in said and "timed out" in said
+
+
+def test_an_encoder_that_hangs(service: Service, flux_server: LocalServer):
+    """It still tells what it is."""
+    with service.relay.to(flux_server.url):
+        with frozen_scheduler(flux_server):
+            assert "timed out" in service.error("in a dream")
+        service.picture(prompt="in a dream")
+
+
+def test_an_answer_without_end(service: Service, flux_server: LocalServer):
+    """It comes byte by byte, and each in time."""
+
+    def endlessly(body: bytes) -> tuple[int, Iterator[bytes]]:
+        def pieces() -> Iterator[bytes]:
+            while True:
+                time.sleep(0.1)
+                yield b"\0"
+
+        return len(body), pieces()
+
+    with service.relay.damaging(flux_server.url, endlessly):
+        assert "timed out" in service.error("on and on")
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,20 @@ def test_a_prompt_goes_where_it_went_before(relays, up, t5_folder) -> None:
     assert went == {seed: which(relays, other, prompt(seed)) for seed in reversed(range(24))}
 
 
+def test_one_that_is_being_started_again_is_waited_for(relays, t5_folder, t5_server) -> None:
+    mine = Checkpoint.read(str(t5_folder))
+    ask = EncodeServers("text_encoder", [relays[0].url], mine, TIMEOUT, patience=1.5)
+    with pytest.raises(EncoderError, match="refused"):
+        ask(prompt(1))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, prompt(1))
+        time.sleep(0.5)
+        assert not asked.done()
+        with relays[0].to(t5_server.url):
+            (output,) = asked.result()
+    assert output.prompt_tokens == 9
+
+
 CUT = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{"model":'
 """An answer whose end never comes."""
 

@@ -177,6 +177,30 @@ def test_no_answer_in_time(kind):
 
 
 @both
+@pytest.mark.parametrize("begun", [b"HTTP/1.1 200 OK\r\nX-Slow: ", http_answer(b"", length=10**6)])
+def test_an_answer_of_which_there_is_always_more(kind, begun):
+    """Each piece comes in time, and the whole never does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        def serve():
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                read_request(connection)
+                connection.sendall(begun)
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.1)
+
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        with pytest.raises(EncoderUnavailable, match="Timeout"):
+            call(kind, url, "encode", [1], timeout=1)
+        server.join(10)
+        assert not server.is_alive(), "The connection was left open."
+
+
+@both
 def test_a_connection_that_the_server_closed_between_two_calls(kind):
     answer = http_answer(encoder_body())
     with answering(answer, answer) as url:

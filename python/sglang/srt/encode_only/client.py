@@ -46,7 +46,7 @@ class EncoderClient:
     Args:
         base_url: such as `http://127.0.0.1:30000`.
         api_key: the server's `--api-key`, where it has one.
-        timeout: seconds to wait for the next piece of an answer, the time in its queue included.
+        timeout: seconds for an answer, from the request to its end, the time in its queue included.
         share_memory: whether a server on this host may write its answers into memory of this
             process; they are sent otherwise.
     """

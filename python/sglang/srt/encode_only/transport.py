@@ -13,11 +13,13 @@ import concurrent.futures
 import contextlib
 import functools
 import http.client
+import io
 import select
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Iterator
-from typing import cast
+from typing import Any, cast
 
 import httpx
 from sglang.srt.encode_only.wire import MAX_ANSWER_BYTES
@@ -49,7 +51,12 @@ class Exchange:
     def __init__(self, request: httpx.Request):
         self.request = request
         self._connection: http.client.HTTPConnection | None = None
+        self._deadline: Deadline | None = None
         self._abandoned = False
+
+    def begin(self) -> None:
+        """From now on the request's time runs, on however many connections."""
+        self._deadline = Deadline(_timeout(self.request, "read"))
 
     def over(self, connection: http.client.HTTPConnection) -> tuple[httpx.Response, bool]:
         """The whole answer, and whether the connection may be used again."""
@@ -58,17 +65,19 @@ class Exchange:
             raise httpx.ReadError("The caller has left.")
         with _as_httpx_errors(httpx.ReadTimeout, httpx.ReadError):
             try:
-                answer = self._begin(connection)
+                answer = self._answer(connection)
             except ConnectionError as error:
                 raise Unanswered(f"the connection ended unanswered ({error})") from error
             body = _body_of(answer)
         response = httpx.Response(answer.status, headers=answer.getheaders(), stream=Buffer(body))
         return response, not answer.will_close
 
-    def _begin(self, connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
-        request = self.request
+    def _answer(self, connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+        request, deadline = self.request, self._deadline
         assert connection.sock is not None, "Not connected. This is a bug."
-        connection.sock.settimeout(_timeout(request, "read"))
+        assert deadline is not None, "Not begun. This is a bug."
+        connection.response_class = functools.partial(_response, deadline)
+        deadline.bound(connection.sock)
         connection.request(
             request.method, request.url.raw_path.decode(), request.content, dict(request.headers)
         )
@@ -80,6 +89,56 @@ class Exchange:
         if self._connection is not None and self._connection.sock is not None:
             with contextlib.suppress(OSError):
                 self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+class Deadline:
+    """Until when an answer has to be there; None seconds for ever."""
+
+    def __init__(self, seconds: float | None):
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def bound(self, sock: socket.socket) -> None:
+        """Bounds the next operation of `sock`; TimeoutError where the time is over."""
+        if self._end is None:
+            sock.settimeout(None)
+            return
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(left)
+
+
+class Incoming(io.RawIOBase):
+    """What arrives at a socket until a deadline.
+
+    A socket's own timeout begins anew with every byte, of which a server may send one a minute.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: Deadline):
+        self._sock = sock
+        self._deadline = deadline
+        # It keeps the socket open until the body is read.
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def makefile(self, _: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int | None:
+        self._deadline.bound(self._sock)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _response(
+    deadline: Deadline, sock: socket.socket, *args: Any, **kwargs: Any
+) -> http.client.HTTPResponse:
+    return http.client.HTTPResponse(Incoming(sock, deadline), *args, **kwargs)
 
 
 class Transport(httpx.BaseTransport):
@@ -98,6 +157,7 @@ class Transport(httpx.BaseTransport):
         Raises:
             httpx.TransportError: there was no connection, or no whole answer in time.
         """
+        exchange.begin()
         kept = self._take_kept()
         if kept is not None:
             # The other end closes idle connections, perhaps at this moment: then once more.

@@ -7,6 +7,7 @@ come back out as the batch was. Who encodes is made in `loader.py`.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any, cast
@@ -61,12 +62,16 @@ class Ahead:
         self._encode = encode
         self._inputs = {key_of(one): one for one in inputs}
         self._outputs: dict[Key, EncodeOutput] | None = None
+        self._given: set[Key] = set()
         self._future: Future[list[EncodeOutput]] | None = None
         if executor is not None:
             self._future = executor.submit(encode, [*self._inputs.values()])
 
     def outputs(self, inputs: list[EncodeInput]) -> list[EncodeOutput] | None:
-        """The outputs of `inputs`, None where they are not all among them or one was refused."""
+        """The outputs of `inputs`, None where they are not all among them or one was refused.
+
+        Who asks may write into them; asked for again, they are copies.
+        """
         keys = [key_of(one) for one in inputs]
         if not self._inputs.keys() >= set(keys):
             return None
@@ -80,7 +85,11 @@ class Ahead:
                 self._inputs.clear()
                 return None
             self._outputs = dict(zip(self._inputs, outputs, strict=True))
-        return [self._outputs[key] for key in keys]
+        found = [self._outputs[key] for key in keys]
+        if self._given.intersection(keys):
+            found = copy.deepcopy(found)
+        self._given.update(keys)
+        return found
 
 
 def key_of(one: EncodeInput) -> Key:
@@ -275,15 +284,14 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
 
         EncoderError on all ranks or on none.
         """
-        states, pooled = self._empty(input_ids)
         group = self._encoder_tp_group
         if group is None:
-            self._fill(states, pooled, input_ids, spans)
-            return states, pooled
+            return self._encoded(input_ids, spans)
+        states, pooled = self._empty(input_ids)
         failure: str | None = None
         if group.rank_in_group == 0:
             try:
-                self._fill(states, pooled, input_ids, spans)
+                states, pooled = self._encoded(input_ids, spans)
             except EncoderError as error:
                 failure = str(error)
         failure = group.broadcast_object(failure, src=0)
@@ -291,6 +299,37 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
             raise EncoderError(failure)
         states = {layer: group.broadcast(state, src=0) for layer, state in states.items()}
         return states, None if pooled is None else group.broadcast(pooled, src=0)
+
+    def _encoded(
+        self, input_ids: torch.Tensor, spans: list[range]
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+        """The same, of this rank."""
+        assert self._encode is not None, "No encoder on the rank that encodes. This is a bug."
+        rows, inputs = self._requests(input_ids, spans)
+        try:
+            outputs = self._ahead.outputs(inputs) if self._ahead is not None and inputs else None
+            if outputs is None:
+                outputs = self._encode(inputs) if inputs else []
+        except EncoderError:
+            raise
+        except Exception as error:
+            raise EncoderError(f"{self.component} on srt: {error}") from error
+
+        def here(values: torch.Tensor) -> torch.Tensor:
+            return values.to(input_ids.device, self.dtype)[None]
+
+        if list(rows.values()) == [range(input_ids.shape[1])]:
+            # Nothing to put together; a copy of megabytes would take milliseconds.
+            (output,) = outputs
+            states = {layer: here(output.hidden_states[layer]) for layer in self.layers}
+            return states, None if output.pooled is None else here(output.pooled)
+        states, pooled = self._empty(input_ids)
+        for (i, span), output in zip(rows.items(), outputs, strict=True):
+            for layer, state in states.items():
+                state[i, span.start : span.stop] = output.hidden_states[layer]
+            if pooled is not None:
+                pooled[i] = output.pooled
+        return states, pooled
 
     def _empty(
         self, input_ids: torch.Tensor
@@ -306,32 +345,6 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
             return states, None
         assert self.checkpoint.pooled_size is not None
         return states, zeros(len(input_ids), self.checkpoint.pooled_size)
-
-    def _fill(
-        self,
-        states: dict[int, torch.Tensor],
-        pooled: torch.Tensor | None,
-        input_ids: torch.Tensor,
-        spans: list[range],
-    ) -> None:
-        """Encodes, and puts the rows in their places."""
-        assert self._encode is not None, "No encoder on the rank that encodes. This is a bug."
-        rows, inputs = self._requests(input_ids, spans)
-        if not inputs:
-            return
-        try:
-            outputs = self._ahead.outputs(inputs) if self._ahead is not None else None
-            if outputs is None:
-                outputs = self._encode(inputs)
-        except EncoderError:
-            raise
-        except Exception as error:
-            raise EncoderError(f"{self.component} on srt: {error}") from error
-        for (i, span), output in zip(rows.items(), outputs, strict=True):
-            for layer, state in states.items():
-                state[i, span.start : span.stop] = output.hidden_states[layer]
-            if pooled is not None:
-                pooled[i] = output.pooled
 
     def _requests(
         self, input_ids: torch.Tensor, spans: list[range]

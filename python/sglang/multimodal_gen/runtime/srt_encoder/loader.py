@@ -104,7 +104,8 @@ def _encode(
         raise ValueError("The parent of this worker started no server for it.")
     if isinstance(placement, Servers):
         timeout = server_args.srt_encoder_timeout
-        return Early(EncodeServers(component, placement.urls, checkpoint, timeout))
+        patience = timeout if placement.local else 0.0
+        return Early(EncodeServers(component, placement.urls, checkpoint, timeout, patience))
     # Only where it runs: the import brings in the engine.
     from sglang.srt.encode_only.in_process import InProcessEncoder
 

@@ -54,7 +54,8 @@ class Servers(msgspec.Struct, frozen=True):
 
     Attributes:
         urls: where they are.
-        local: whether they belong to the diffusion server.
+        local: whether they belong to the diffusion server, which starts one that ends again. What
+            a worker is told of such a server is written `server:http://HOST:PORT`.
     """
 
     urls: tuple[str, ...]
@@ -178,6 +179,8 @@ def _place(component: str | None, value: str) -> Placement:
         if port is not None and not 0 < port < 1 << 16:
             raise ValueError(f"{FLAG}: {value!r}: a port is a number of 1 to 65535.")
         return Beside(port)
+    if value.startswith("server:http"):
+        return Servers((_url(component, value.removeprefix("server:")),), local=True)
     return Servers(tuple(_url(component, url.strip()) for url in value.split(",")))
 
 
@@ -196,12 +199,12 @@ def _is_served(architecture: str | None) -> bool:
 
 
 def as_option(placement: Placement | None) -> str:
-    """The placement as the user writes it."""
+    """The placement as it is written."""
     match placement:
         case Beside(port):
             return "server" if port is None else f"server:{port}"
-        case Servers(urls):
-            return ",".join(urls)
+        case Servers(urls, local):
+            return "server:" * local + ",".join(urls)
         case InWorker():
             return "srt"
         case _:

@@ -21,8 +21,11 @@ API_KEY = "SGLANG_SRT_ENCODER_API_KEY"
 MAX_PAUSE = 30.0
 """Seconds for which a server that failed is asked last, at most; the first time it is one."""
 
-PATIENCE = 5.0
+INFO_TIMEOUT = 5.0
 """Seconds that a server has to say which weights it has."""
+
+RETRY = 0.5
+"""Seconds until servers that are started again are asked again."""
 
 SLACK = 1
 """How many more calls than the least busy server the one that knows a prompt may have."""
@@ -64,18 +67,28 @@ class EncodeServers:
         expected: what each has to serve; every answer says, because a server can be started again
             with another model.
         timeout: seconds that a server has for an answer.
+        patience: seconds for which they are asked again when none answers, because somebody is
+            starting them again.
 
     Attributes:
         updates: how many times a server was seen to have other weights than before.
     """
 
-    def __init__(self, component: str, urls: Sequence[str], expected: Checkpoint, timeout: float):
+    def __init__(
+        self,
+        component: str,
+        urls: Sequence[str],
+        expected: Checkpoint,
+        timeout: float,
+        patience: float = 0.0,
+    ):
         self.component = component
         self.expected = expected
         key = os.environ.get(API_KEY)
         self._servers = [Server(EncoderClient(url, api_key=key, timeout=timeout)) for url in urls]
         self._lock = threading.Lock()
         self._timeout = timeout
+        self._patience = patience
         # By URL, as an answer last had it.
         self._weights: dict[str, str] = {}
         self._changed = False
@@ -89,7 +102,9 @@ class EncodeServers:
                 continue
             # One that is down has no newer weights.
             with contextlib.suppress(EncoderUnavailable, RequestError), self._call(server):
-                self._note(server.client, server.client.info(timeout=min(self._timeout, PATIENCE)))
+                self._note(
+                    server.client, server.client.info(timeout=min(self._timeout, INFO_TIMEOUT))
+                )
         with self._lock:
             changed, self._changed = self._changed, False
         return changed
@@ -100,7 +115,18 @@ class EncodeServers:
         Raises:
             EncoderError: no server answers, or one refuses, or one serves another model.
         """
-        down = []
+        deadline = time.monotonic() + self._patience
+        while True:
+            outputs, down = self._ask_each(inputs)
+            if outputs is not None:
+                return outputs
+            if time.monotonic() >= deadline:
+                raise self._error(" ".join(down))
+            time.sleep(RETRY)
+
+    def _ask_each(self, inputs: list[EncodeInput]) -> tuple[list[EncodeOutput] | None, list[str]]:
+        """The answer of the first server that gives one, and why others gave none."""
+        down: list[str] = []
         for server in self._in_order(inputs):
             client = server.client
             try:
@@ -109,7 +135,7 @@ class EncodeServers:
                     for output in outputs:
                         self._check(client, output.encoder)
                     self._check_widths(client, outputs)
-                    return outputs
+                    return outputs, down
             except EncoderUnavailable as error:
                 down.append(str(error))
             except RequestError as error:
@@ -120,7 +146,7 @@ class EncodeServers:
                     said = f"The encoder at {client.base_url} refused: {error}"
                     raise InputRefused(f"{self.component} on srt: {said}") from error
                 down.append(f"The encoder at {client.base_url} is busy: {error}")
-        raise self._error(" ".join(down))
+        return None, down
 
     def _in_order(self, inputs: list[EncodeInput]) -> list[Server]:
         """The servers in the order in which they are asked."""
