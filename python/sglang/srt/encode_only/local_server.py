@@ -353,7 +353,9 @@ def _exit_once(*_: object) -> None:
 
 
 def _exit_at_end_of_input() -> None:
-    sys.stdin.buffer.read()
+    # Not through sys.stdin, whose lock a thread that waits would hold when Python ends.
+    while os.read(0, 1):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
