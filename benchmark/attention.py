@@ -22,7 +22,11 @@ import torch.nn.functional as F
 
 # Where sglang-encoder is not installed, the checkout's kernel is found by itself.
 sys.path.append(str(Path(__file__).parents[1] / "python"))
-from sglang.srt.layers.attention.encode_only.triton_kernel import BIAS_MARGIN, packed_attention
+from sglang.srt.layers.attention.encode_only.triton_kernel import (
+    BIAS_MARGIN,
+    LOG2E,
+    packed_attention,
+)
 
 HEADS, HEAD_DIM = 64, 64
 # T5's biases are alike from this distance on.
@@ -38,6 +42,7 @@ def contenders(length: int, batch: int) -> dict[str, Callable[[], torch.Tensor]]
     distances = torch.arange(-reach, reach + 1, device="cuda").clamp(-MAX_DISTANCE, MAX_DISTANCE)
     values = torch.randn(HEADS, 2 * MAX_DISTANCE + 1, device="cuda")
     bias = values[:, distances + MAX_DISTANCE].contiguous()
+    in_its_units = bias * LOG2E.value
     positions = torch.arange(length, device="cuda")
     apart = (positions[None, :] - positions[:, None]).clamp(-reach, reach)
     full_bias = bias[None, :, apart + reach].to(torch.bfloat16)
@@ -58,7 +63,7 @@ def contenders(length: int, batch: int) -> dict[str, Callable[[], torch.Tensor]]
         return out.transpose(1, 2).reshape(tokens, HEADS, HEAD_DIM)
 
     return {
-        "kernel, bias": lambda: kernel(bias),
+        "kernel, bias": lambda: kernel(in_its_units),
         "SDPA, bias": lambda: sdpa(full_bias),
         "kernel": lambda: kernel(None),
         "SDPA": lambda: sdpa(None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sglang.srt.arg_groups.overrides import resolving_view
@@ -65,6 +66,26 @@ def test_the_kernel_for_gpus_is_refused_where_there_is_none(monkeypatch, t5_fold
 
 
 @pytest.mark.parametrize(
+    "graphs",
+    [
+        {"cuda_graph_backend_prefill": "breakable"},
+        {"cuda_graph_config": {"prefill": {"backend": "full"}}},
+    ],
+)
+def test_graphs_of_a_language_model_are_refused(
+    graphs: dict[str, Any], monkeypatch, llama_folder: Path
+):
+    with pytest.raises(ValueError, match="Leave --cuda-graph-backend-prefill out"):
+        resolved(monkeypatch, model_path=str(llama_folder), **graphs)
+
+
+@pytest.mark.parametrize("graphs", ["breakable", "disabled"])
+def test_graphs_of_an_encoder_are_as_asked(graphs: str, monkeypatch, t5_folder: Path):
+    cfg = resolved(monkeypatch, model_path=str(t5_folder), cuda_graph_backend_prefill=graphs)
+    assert cfg.cuda_graph_config.prefill.backend == graphs
+
+
+@pytest.mark.parametrize(
     ("field", "value", "flag"),
     [
         ("chunked_prefill_size", 512, "--chunked-prefill-size 512"),
@@ -94,6 +115,15 @@ def test_a_model_that_is_no_encoder_is_refused_with_the_list_of_those(monkeypatc
         resolved(monkeypatch, model_path=str(tmp_path))
     for name in ("T5EncoderModel", "CLIPTextModel", "Qwen3ForCausalLM", "every causal language"):
         assert name in str(error.value)
+
+
+def test_a_language_model_has_no_graphs_on_a_gpu_either(monkeypatch, llama_folder: Path):
+    # What is the default there.
+    monkeypatch.setattr(
+        "sglang.srt.model_executor.cuda_graph_config.default_prefill_backend", lambda: "breakable"
+    )
+    cfg = resolved(monkeypatch, model_path=str(llama_folder))
+    assert cfg.cuda_graph_config.prefill.backend == "disabled"
 
 
 def test_a_language_model_has_no_cache_and_the_length_of_its_config(

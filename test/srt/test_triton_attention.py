@@ -1,34 +1,27 @@
-"""The fused attention kernel and its backend, against float64, on a CPU.
-
-triton's interpreter has to be chosen before triton is imported, and leaves traces; so what runs
-the kernel, the functions named `check_…`, does so in a process of its own.
-"""
+"""The fused attention kernel and its backend, against float64, on a CPU."""
 
 from __future__ import annotations
 
 import ast
-import multiprocessing
-import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from interpreter import interpreted
 from sglang.srt.layers.attention.encode_only import triton_kernel
 from sglang.srt.layers.attention.encode_only.reference import reference_attention
 from sglang.srt.layers.attention.encode_only.triton_backend import TritonEncodeBackend
 from sglang.srt.layers.attention.encode_only.triton_kernel import (
     BIAS_MARGIN,
+    LOG2E,
     MAX_HEAD_DIM,
     SEARCH,
     blocks_for,
     packed_attention,
 )
-from sglang.srt.runtime_context import get_parallel
 from test_encode_attention import (
     CPU,
     TOLERANCE,
@@ -38,65 +31,10 @@ from test_encode_attention import (
     random_bias,
 )
 
-__all__ = ["one_rank"]
+__all__ = ["interpreted", "one_rank"]
 
 GUARD = 70
 """Rows before and after those of a batch: not to be read, not to be written."""
-
-
-def teach_bfloat16() -> None:
-    """numpy has no bfloat16: triton's interpreter multiplies its bits, and cuts where it should
-    round. torch can do both."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-
-    def convert_float(values, source, target, rounding):
-        if {source, target} != {tl.bfloat16, tl.float32}:
-            return convert(values, source, target, rounding)
-        # The bits of bfloat16 are uint16 there.
-        if source == tl.bfloat16:
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        rounded = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
-        return rounded.view(torch.int16).numpy().view(np.uint16)
-
-    def create_dot(self, a, b, *others):
-        a, b = (
-            self.create_fp_to_fp(x, tl.float32, None) if x.dtype.scalar == tl.bfloat16 else x
-            for x in (a, b)
-        )
-        return dot(self, a, b, *others)
-
-    interpreter._convert_float = convert_float
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
-def start_interpreting() -> None:
-    from triton import knobs
-
-    assert knobs.runtime.interpret
-    torch.set_num_threads(1)
-    teach_bfloat16()
-
-
-def on_one_rank(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with get_parallel().override(tp_size=1, tp_rank=0):
-        return function(*args, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function of this module where kernels are interpreted."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        # Blocks are too small to be worth a second thread.
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("OPENBLAS_NUM_THREADS", "1")
-        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_interpreting)
-        pool.submit(os.getpid).result()
-    with pool:
-        yield lambda *call, **options: pool.submit(on_one_rank, *call, **options).result()
 
 
 def check_kernel(
@@ -153,7 +91,9 @@ def check_kernel(
         v_thd,
         torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         torch.tensor(attend, dtype=torch.int32),
-        bias=None if bias is None else bias.by_distance(bias.max_distance + BIAS_MARGIN + 1),
+        bias=None
+        if bias is None
+        else bias.by_distance(bias.max_distance + BIAS_MARGIN + 1) * LOG2E.value,
         out=out,
         **options,
     )

@@ -18,18 +18,27 @@ import torch
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.encode_only.batch import ForwardBatch
+from sglang.srt.encode_only.batch import pack
 from sglang.srt.encode_only.encoders import encoder_of, info_of, registered
-from sglang.srt.encode_only.forward_mode import encode_only_mode
 from sglang.srt.encode_only.outputs import unpack
-from sglang.srt.encode_only.packing import Segment, positions, split, token_ids
+from sglang.srt.encode_only.packing import split
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, RequestError
 from sglang.srt.encode_only.server_args import ServerArgs
-from sglang.srt.layers.attention.encode_only.sdpa import create_encode_only_backend
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.layers.attention.encode_only import sdpa, triton_backend
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.model_loader import get_model
 from sglang.srt.plugins import load_plugins
-from sglang.srt.runtime_context import SpawnRanks, create_context, get_device, use_context
+from sglang.srt.runtime_context import (
+    SpawnRanks,
+    attention_backends,
+    create_context,
+    get_device,
+    use_context,
+)
+
+# They register themselves.
+assert sdpa and triton_backend
 
 # srt keeps the context in use in globals of the process.
 _ONE_AT_A_TIME = threading.RLock()
@@ -94,7 +103,11 @@ class InProcessEncoder:
                         ),
                         device_config=DeviceConfig(self.device.type, gpu_id),
                     )
-                self._attention: Any = create_encode_only_backend(self)
+                self.attn_backend: Any = ATTENTION_BACKENDS[attention_backends()[0]](self)
+                # What srt's model runner does before it serves.
+                prepare = getattr(self._model, "prepare_before_cuda_graph_capture", None)
+                if prepare is not None:
+                    prepare(self)
         self.info = info_of(model_path, self.model_config)
 
     def encode(self, inputs: Sequence[EncodeInput]) -> list[EncodeOutput]:
@@ -118,44 +131,17 @@ class InProcessEncoder:
     def close(self) -> None:
         """Gives back the memory of the model. A second call does nothing."""
         with _ONE_AT_A_TIME:
-            self._model = self._attention = None
+            self._model = self.attn_backend = None
             # srt's parameters and layers refer to one another.
             gc.collect()
 
     def _run(self, batch: list[EncodeInput]) -> list[EncodeOutput]:
-        if self._model is None or self._attention is None:
+        if self._model is None:
             raise ValueError(f"The encoder of {self.info.model} is closed.")
         packed = pack(batch, self.device)
-        self._attention.init_forward_metadata(packed)
-        with forward_context(ForwardContext(self._attention), forward_batch=packed):
+        self.attn_backend.init_forward_metadata(packed)
+        with forward_context(ForwardContext(self.attn_backend), forward_batch=packed):
             states = self._model(
                 packed.input_ids, packed.positions, packed, get_embedding=True
             ).pooled_hidden_states
         return unpack(states[0], batch, self.info)
-
-
-def pack(batch: Sequence[EncodeInput], device: torch.device) -> ForwardBatch:
-    """The inputs as one request, as srt's scheduler would hand it to a model runner."""
-    ids = token_ids(batch)
-    lengths = [len(one.token_ids) for one in batch]
-    tokens = len(ids)
-    seq_lens = torch.tensor([tokens], device=device)
-    zeros = torch.zeros_like(seq_lens)
-    return ForwardBatch(
-        forward_mode=encode_only_mode(),
-        batch_size=1,
-        input_ids=torch.tensor(ids, device=device),
-        req_pool_indices=zeros,
-        seq_lens=seq_lens,
-        seq_lens_sum=tokens,
-        # No KV cache is read or written, so that any slot will do.
-        out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=device),
-        positions=positions(lengths).to(device),
-        extend_num_tokens=tokens,
-        extend_seq_lens=seq_lens.int(),
-        extend_seq_lens_cpu=[tokens],
-        extend_prefix_lens=zeros.int(),
-        extend_prefix_lens_cpu=[0],
-        extend_start_loc=zeros.int(),
-        encode_segments=[[Segment(len(one.token_ids), one.spec) for one in batch]],
-    )

@@ -10,7 +10,7 @@ srt's existing
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,26 +56,25 @@ def tuple_index(layer: int, num_layers: int) -> int:
     return num_layers + 1 + layer
 
 
-class LayerCapture:
-    """Keeps the hidden states that the requests of one batch asked for.
+class States:
+    """The hidden states of a forward pass that somebody wants.
 
     Args:
-        forward_batch: of packed sequences, the inputs of its requests.
+        wanted: as indices into `hidden_states`, or LAST_HIDDEN_STATE.
         num_layers: number of blocks, L.
+        pooled: whether the model's pooled vector is wanted.
+
+    Attributes:
+        states: what was offered of it, by index, each `[tokens, hidden]` in the model's dtype.
+        to_pool: `[tokens, hidden]` float32, what the model makes its pooled vector of.
     """
 
-    def __init__(self, forward_batch: ForwardBatch, num_layers: int):
-        self.requests = segments_of(forward_batch)
-        inputs = [one for request in self.requests for one in request]
-        self.lengths = [one.length for one in inputs]
-        self.specs = [one.spec for one in inputs]
+    def __init__(self, wanted: Iterable[int], num_layers: int, *, pooled: bool):
+        self.wanted = frozenset(wanted)
         self.num_layers = num_layers
-        self.wanted = {
-            tuple_index(layer, num_layers)
-            for spec in self.specs
-            for layer in (spec.layers if spec else (LAST_HIDDEN_STATE,))
-        }
+        self.wants_pooled = pooled
         self.states: dict[int, torch.Tensor] = {}
+        self.to_pool: torch.Tensor | None = None
 
     @property
     def last_block(self) -> int:
@@ -87,10 +86,8 @@ class LayerCapture:
         """Whether the state after the final norm is asked for, or what is made of it."""
         return LAST_HIDDEN_STATE in self.wanted or self.wants_pooled
 
-    @property
-    def wants_pooled(self) -> bool:
-        """Whether somebody asked for the model's pooled vector, or for a plain embedding."""
-        return any(spec is None or spec.pooled for spec in self.specs)
+    def wants(self, layer: int) -> bool:
+        return layer in self.wanted
 
     def offer(self, layer: int, states_th: torch.Tensor) -> None:
         """Takes `hidden_states[layer]`, `[tokens, hidden]`, if somebody asked for it.
@@ -100,8 +97,31 @@ class LayerCapture:
         if layer in self.wanted:
             self.states[layer] = states_th
 
-    def wants(self, layer: int) -> bool:
-        return layer in self.wanted
+
+class LayerCapture(States):
+    """Keeps the hidden states that the requests of one batch asked for.
+
+    A plain embedding counts as the pooled vector, of which it is made where the model has one.
+
+    Args:
+        forward_batch: of packed sequences, the inputs of its requests.
+        num_layers: number of blocks, L.
+    """
+
+    def __init__(self, forward_batch: ForwardBatch, num_layers: int):
+        self.requests = segments_of(forward_batch)
+        inputs = [one for request in self.requests for one in request]
+        self.lengths = [one.length for one in inputs]
+        self.specs = [one.spec for one in inputs]
+        super().__init__(
+            {
+                tuple_index(layer, num_layers)
+                for spec in self.specs
+                for layer in (spec.layers if spec else (LAST_HIDDEN_STATE,))
+            },
+            num_layers,
+            pooled=any(spec is None or spec.pooled for spec in self.specs),
+        )
 
     def finish(
         self,

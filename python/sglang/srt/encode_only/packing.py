@@ -130,8 +130,19 @@ def token_ids(inputs: Iterable[EncodeInput]) -> list[int]:
     return [*itertools.chain.from_iterable(one.token_ids for one in inputs)]
 
 
-def positions(lengths: Sequence[int]) -> torch.Tensor:
+def positions(lengths: Sequence[int]) -> np.ndarray:
     """`[tokens]` int64, where in its input each token of a batch is."""
     ends = np.cumsum(lengths)
     starts = np.repeat(ends - lengths, lengths)
-    return torch.from_numpy(np.arange(len(starts)) - starts)
+    return np.arange(len(starts)) - starts
+
+
+def to_device(
+    numbers: Sequence[int] | np.ndarray, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """`[numbers]` on `device`, without waiting for what that is doing."""
+    found = torch.as_tensor(numbers, dtype=dtype)
+    if device.type == "cuda":
+        # From pageable memory, a copy would wait.
+        found = found.pin_memory()
+    return found.to(device, non_blocking=True)

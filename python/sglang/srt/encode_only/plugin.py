@@ -66,15 +66,13 @@ def enter_encode_only(hf_config: Any) -> None:
 
 def enter_scheduler(hf_config: Any) -> None:
     """The part of encode-only mode that runs models, for a scheduler or a worker elsewhere."""
-    import torch
     from sglang.srt.encode_only import encoders, metrics
     from sglang.srt.encode_only.forward_mode import encode_only_mode
 
     encode_only_mode()
     seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "scheduler")
-    importlib.import_module("sglang.srt.layers.attention.encode_only.sdpa")
-    if torch.cuda.is_available():
-        importlib.import_module("sglang.srt.layers.attention.encode_only.triton_backend")
+    for backend in ("sdpa", "triton_backend"):
+        importlib.import_module(f"sglang.srt.layers.attention.encode_only.{backend}")
     encoders.register_model(hf_config.architectures[0], encoders.encoder_of(hf_config))
     metrics.name_mode_in_log()
 

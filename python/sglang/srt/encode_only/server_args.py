@@ -19,13 +19,14 @@ from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of,
 from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.encode_only.encoders import MAX_LENGTH, WEIGHTS, Encoder, encoder_of, find_encoder
 from sglang.srt.environ import envs
+from sglang.srt.layers.rows import on_triton
 from sglang.srt.server_args import ServerArgs as StockServerArgs
 from sglang.srt.utils.hf_transformers_utils import get_config, get_hf_text_config
 
 logger = logging.getLogger(__name__)
 
 ATTENTION_BACKENDS = ("encode_only", "encode_only_triton")
-"""The default, which runs on any device, and a kernel for GPUs."""
+"""One that runs on any device, and a kernel for CUDA GPUs, where it is the default."""
 
 RESERVED_TOKENS = 7
 """Tokens of srt's context length that a request cannot use: srt keeps them for generated ones."""
@@ -136,18 +137,29 @@ def _resolve_encode_only(server_args: Any) -> None:
         # srt halves fp32 checkpoints; an encoder gives back the numbers of its checkpoint.
         dtype = str(getattr(text_config, "dtype", None) or torch.float32).removeprefix("torch.")
 
-    attention = cfg.attention_backend or ATTENTION_BACKENDS[0]
-    if attention == "encode_only_triton" and not (
-        torch.cuda.is_available() and (cfg.device or "cuda").startswith("cuda")
-    ):
+    place = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    triton = on_triton(place)
+    attention = cfg.attention_backend or ATTENTION_BACKENDS[triton]
+    if attention == "encode_only_triton" and not triton:
         raise ValueError(
             f"--attention-backend {attention} needs a CUDA device; leave it out for "
             f"{ATTENTION_BACKENDS[0]}, which runs anywhere."
         )
 
+    graphs = _prefill_graphs(cfg)
+    if encoder.decoder:
+        if graphs not in (None, "disabled"):
+            raise ValueError(
+                f"CUDA graphs of prompts ({graphs}) cannot be had of {cfg.model_path}: the hidden "
+                "states of a language model's blocks are taken by code that a graph does not run. "
+                "Leave --cuda-graph-backend-prefill out."
+            )
+        graphs = "disabled"
+
     declare_resolution(
         server_args,
         "encode_only",
+        cuda_graph_backend_prefill=graphs,
         is_embedding=True,
         dtype=dtype,
         context_length=packed_length,
@@ -163,6 +175,13 @@ def _resolve_encode_only(server_args: Any) -> None:
         # those of two batches, of which one is on its way while the other runs.
         max_total_tokens=cfg.max_total_tokens or 2 * max(cfg.max_prefill_tokens, length + 64),
     )
+
+
+def _prefill_graphs(cfg: Any) -> str | None:
+    """How a user wants CUDA graphs of prompts; None for whoever has not said."""
+    config = cfg.cuda_graph_config or {}
+    config = config if isinstance(config, dict) else config.to_dict()
+    return config.get("prefill", {}).get("backend") or cfg.cuda_graph_backend_prefill
 
 
 def _model_is_on_disk(server_args: Any, previous: Any) -> None:

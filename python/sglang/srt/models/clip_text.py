@@ -11,12 +11,15 @@ Source: CLIPTextModel, CLIPTextModelWithProjection and CLIPModel of transformers
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from sglang.srt.encode_only.outputs import LayerCapture
-from sglang.srt.encode_only.request import LAST_HIDDEN_STATE
+from sglang.srt.encode_only.graphs import Graphs
+from sglang.srt.encode_only.outputs import LayerCapture, States
+from sglang.srt.encode_only.packing import to_device
+from sglang.srt.encode_only.request import LAST_HIDDEN_STATE, EncodeSpec
 from sglang.srt.encode_only.weights import Destination, load_encoder, own_sizes
 from sglang.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.packed_linear import (
@@ -29,32 +32,20 @@ from sglang.srt.layers.packed_linear import (
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.rows import Activation, ResidualNorm
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.utils import add_prefix
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.activations import ACT2FN
 
 OLD_EOS_TOKEN_ID = 2
 """What configs say that were written before transformers 4.31, whatever the tokenizer's is: the
 end-of-text token is then the largest id of an input."""
 
 
-class LayerNorm(nn.Module):
-    """Layer norm of float32 rows; `[tokens, hidden]` in `dtype`."""
-
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype):
-        super().__init__()
-        self.shape = (config.hidden_size,)
-        self.eps = config.layer_norm_eps
-        self.dtype = dtype
-        for name in ("weight", "bias"):
-            value = torch.empty(self.shape, dtype=torch.float32)
-            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
-
-    def forward(self, x_th: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x_th, self.shape, self.weight, self.bias, self.eps).to(self.dtype)
+def layer_norm(config: PretrainedConfig, dtype: torch.dtype) -> ResidualNorm:
+    return ResidualNorm(config.hidden_size, config.layer_norm_eps, dtype, center=True)
 
 
 class CLIPAttention(nn.Module):
@@ -127,8 +118,7 @@ class CLIPFeedForward(nn.Module):
             quant_config=quant_config,
             prefix=add_prefix("fc2", prefix),
         )
-        self.dtype = dtype
-        self.act = ACT2FN[config.hidden_act].float()
+        self.act = Activation(config.hidden_act, dtype)
         # A CPU can activate the product as it computes it.
         self.activated_by_fc1 = (
             config.hidden_act in EPILOGUES
@@ -141,9 +131,7 @@ class CLIPFeedForward(nn.Module):
 
     def forward(self, x_th: torch.Tensor) -> torch.Tensor:
         h, _ = self.fc1(x_th)
-        if not self.activated_by_fc1:
-            h = self.act(h.float()).to(self.dtype)
-        return self.fc2(h)[0]
+        return self.fc2(h if self.activated_by_fc1 else self.act(h))[0]
 
 
 class CLIPBlock(nn.Module):
@@ -156,16 +144,20 @@ class CLIPBlock(nn.Module):
         prefix: str,
     ):
         super().__init__()
-        self.layer_norm1 = LayerNorm(config, dtype)
+        self.layer_norm1 = layer_norm(config, dtype)
         self.self_attn = CLIPAttention(
             config, layer_id, dtype, quant_config, add_prefix("self_attn", prefix)
         )
-        self.layer_norm2 = LayerNorm(config, dtype)
+        self.layer_norm2 = layer_norm(config, dtype)
         self.mlp = CLIPFeedForward(config, dtype, quant_config, add_prefix("mlp", prefix))
 
-    def forward(self, x_th: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
-        x_th = x_th + self.self_attn(self.layer_norm1(x_th), forward_batch)
-        return x_th + self.mlp(self.layer_norm2(x_th))
+    def forward(
+        self, x_th: torch.Tensor, delta_th: torch.Tensor | None, forward_batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of T5Block."""
+        x_th, h_th = self.layer_norm1(x_th, delta_th)
+        x_th, h_th = self.layer_norm2(x_th, self.self_attn(h_th, forward_batch))
+        return x_th, self.mlp(h_th)
 
 
 class CLIPTextModel(nn.Module):
@@ -207,16 +199,29 @@ class CLIPTextModel(nn.Module):
             )
             for i in range(config.num_hidden_layers)
         )
-        self.final_norm = LayerNorm(config, torch.float32)
+        self.final_norm = layer_norm(config, torch.float32)
         self.text_projection: nn.Linear | None = None
         if self.projects:
             self.text_projection = nn.Linear(
                 config.hidden_size, config.projection_dim, bias=False, dtype=torch.float32
             )
+        self.graphs = Graphs(
+            self.offer_states,
+            config.num_hidden_layers,
+            quantized=quant_config is not None,
+            max_length=config.max_position_embeddings,
+        )
         pack_linears(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.token_embedding
+
+    @torch.no_grad()
+    def prepare_before_cuda_graph_capture(self, model_runner: Any) -> None:
+        """Called by srt's model runner on a GPU, before it serves."""
+        # As FLUX.1 asks, and as Stable Diffusion XL and 3.
+        usual = [EncodeSpec(layers=layers, pooled=True) for layers in ((), (-2,))]
+        self.graphs.prepare(model_runner, usual)
 
     @torch.no_grad()
     def forward(
@@ -228,23 +233,46 @@ class CLIPTextModel(nn.Module):
         get_embedding: bool = True,
     ) -> EmbeddingPoolerOutput:
         capture = LayerCapture(forward_batch, self.config.num_hidden_layers)
-        tokens = self.token_embedding(input_ids) if input_embeds is None else input_embeds
-        x_th = tokens.float() + self.position_embedding(positions).float()
-        for layer, block in enumerate(self.blocks[: capture.last_block]):
-            capture.offer(layer, x_th.to(self.dtype))
-            x_th = block(x_th, forward_batch)
-        capture.offer(capture.last_block, x_th.to(self.dtype))
-        if not capture.wants_last:
-            return capture.finish()
-        x_th = self.final_norm(x_th)
-        capture.offer(LAST_HIDDEN_STATE, x_th.to(self.dtype))
+        if input_embeds is None:
+            self.graphs.run(capture, input_ids, positions, forward_batch)
+        else:
+            self.offer_states(capture, input_ids, positions, forward_batch, input_embeds)
         pooled = None
-        if capture.wants_pooled:
-            pooled = x_th[end_of_text(input_ids, capture.lengths, self.config.eos_token_id)]
+        if capture.to_pool is not None:
+            ends = end_of_text(input_ids, capture.lengths, self.config.eos_token_id)
+            pooled = capture.to_pool[ends]
             if self.text_projection is not None:
                 pooled = self.text_projection(pooled)
             pooled = pooled.to(self.dtype)
         return capture.finish(pooled=pooled, embeddings=pooled)
+
+    def offer_states(
+        self,
+        to: States,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
+    ) -> None:
+        """Runs as many blocks as have to run for what `to` wants, and offers it their states."""
+        tokens = self.token_embedding(input_ids) if input_embeds is None else input_embeds
+        x_th = tokens.float() + self.position_embedding(positions).float()
+        delta_th = None
+        for layer, block in enumerate(self.blocks[: to.last_block]):
+            self._offer(to, layer, x_th, delta_th)
+            x_th, delta_th = block(x_th, delta_th, forward_batch)
+        self._offer(to, to.last_block, x_th, delta_th)
+        if to.wants_last:
+            _, x_th = self.final_norm(x_th, delta_th)
+            to.offer(LAST_HIDDEN_STATE, x_th.to(self.dtype))
+            if to.wants_pooled:
+                to.to_pool = x_th
+
+    def _offer(
+        self, to: States, layer: int, x_th: torch.Tensor, delta_th: torch.Tensor | None
+    ) -> None:
+        if to.wants(layer):
+            to.offer(layer, (x_th if delta_th is None else x_th + delta_th).to(self.dtype))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Takes the text encoder's weights by their names in transformers, and counts the others.
@@ -322,9 +350,8 @@ def end_of_text(input_ids: torch.Tensor, lengths: list[int], eos_token_id: int) 
     )
     if eos_token_id != OLD_EOS_TOKEN_ID:
         rows = (rows == eos_token_id).int()
-    ends = torch.tensor(lengths).cumsum(0)
-    starts = ends - torch.tensor(lengths)
-    return rows.argmax(dim=1) + starts.to(input_ids.device)
+    starts = [0, *itertools.accumulate(lengths[:-1])]
+    return rows.argmax(dim=1) + to_device(starts, torch.int64, input_ids.device)
 
 
 EntryClass = [CLIPTextModel, CLIPTextModelWithProjection]

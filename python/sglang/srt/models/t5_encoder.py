@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from sglang.srt.encode_only.outputs import LayerCapture
-from sglang.srt.encode_only.request import LAST_HIDDEN_STATE
+from sglang.srt.encode_only.graphs import Graphs
+from sglang.srt.encode_only.outputs import LayerCapture, States
+from sglang.srt.encode_only.request import LAST_HIDDEN_STATE, EncodeSpec
 from sglang.srt.encode_only.weights import Destination, load_encoder
 from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
 from sglang.srt.layers.linear import (
@@ -38,13 +38,13 @@ from sglang.srt.layers.packed_linear import (
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.layers.rows import Activation, ResidualNorm
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import add_prefix
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.activations import ACT2FN
 
 logger = logging.getLogger(__name__)
 
@@ -55,30 +55,6 @@ def within_range(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
     return x.to(dtype)
-
-
-class T5LayerNorm(nn.Module):
-    """Scales each row to a mean square of 1, then each column by a weight; float32 inside.
-
-    Args:
-        dtype: of the result.
-    """
-
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype):
-        super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(config.d_model, dtype=torch.float32), requires_grad=False
-        )
-        self.eps = config.layer_norm_epsilon
-        self.dtype = dtype
-
-    def forward(self, x_th: torch.Tensor) -> torch.Tensor:
-        if x_th.device.type != "cpu":
-            return F.rms_norm(x_th, self.weight.shape, self.weight, self.eps).to(self.dtype)
-        # There rms_norm is a chain of twice as many operations.
-        norm_t1 = torch.linalg.vector_norm(x_th, dim=-1, keepdim=True)
-        scale_t1 = (norm_t1.square_() / x_th.shape[-1] + self.eps).rsqrt_()
-        return (x_th * scale_t1).mul_(self.weight).to(self.dtype)
 
 
 class T5Attention(nn.Module):
@@ -167,11 +143,7 @@ class T5FeedForward(nn.Module):
             quant_config=quant_config,
             prefix=add_prefix("wo", prefix),
         )
-        if config.dense_act_fn in ("gelu_new", "gelu_fast", "gelu_python_tanh"):
-            # The same formula as a chain of elementwise operations in transformers.
-            self.act = nn.GELU(approximate="tanh")
-        else:
-            self.act = ACT2FN[config.dense_act_fn].float()
+        self.act = Activation(config.dense_act_fn, self.wo_dtype, gated=self.gated)
         # A CPU can activate, and gate, the product as it computes it.
         self.activated_by_wi = (
             config.dense_act_fn in EPILOGUES
@@ -185,14 +157,7 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x_th: torch.Tensor) -> torch.Tensor:
         h, _ = self.wi(x_th)
-        if not self.activated_by_wi:
-            h = h.float()
-            if self.gated:
-                gate, h = h.chunk(2, dim=-1)
-                h = self.act(gate) * h
-            else:
-                h = self.act(h)
-        return self.wo(h.to(self.wo_dtype))[0]
+        return self.wo(h if self.activated_by_wi else self.act(h))[0]
 
 
 class T5Block(nn.Module):
@@ -206,7 +171,8 @@ class T5Block(nn.Module):
         prefix: str,
     ):
         super().__init__()
-        self.attention_norm = T5LayerNorm(config, dtype)
+        width, eps = config.d_model, config.layer_norm_epsilon
+        self.attention_norm = ResidualNorm(width, eps, dtype)
         self.attention = T5Attention(
             config,
             position_bias,
@@ -215,14 +181,19 @@ class T5Block(nn.Module):
             quant_config,
             add_prefix("layer.0.SelfAttention", prefix),
         )
-        self.feed_forward_norm = T5LayerNorm(config, dtype)
+        self.feed_forward_norm = ResidualNorm(width, eps, dtype)
         self.feed_forward = T5FeedForward(
             config, dtype, quant_config, add_prefix("layer.1.DenseReluDense", prefix)
         )
 
-    def forward(self, x_th: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
-        x_th = x_th + self.attention(self.attention_norm(x_th), forward_batch)
-        return x_th + self.feed_forward(self.feed_forward_norm(x_th))
+    def forward(
+        self, x_th: torch.Tensor, delta_th: torch.Tensor | None, forward_batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state before a block, and after it, is the sum of the two: x is float32, delta what
+        the last layer gave, if there was one."""
+        x_th, h_th = self.attention_norm(x_th, delta_th)
+        x_th, h_th = self.feed_forward_norm(x_th, self.attention(h_th, forward_batch))
+        return x_th, self.feed_forward(h_th)
 
 
 class T5EncoderModel(nn.Module):
@@ -274,11 +245,19 @@ class T5EncoderModel(nn.Module):
                 )
             block_prefix = add_prefix(f"encoder.block.{i}", prefix)
             self.blocks.append(T5Block(config, position_bias, i, dtype, quant_config, block_prefix))
-        self.final_norm = T5LayerNorm(config, torch.float32)
+        self.final_norm = ResidualNorm(config.d_model, config.layer_norm_epsilon, torch.float32)
+        self.graphs = Graphs(
+            self.offer_states, config.num_layers, quantized=quant_config is not None
+        )
         pack_linears(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
+
+    @torch.no_grad()
+    def prepare_before_cuda_graph_capture(self, model_runner: Any) -> None:
+        """Called by srt's model runner on a GPU, before it serves."""
+        self.graphs.prepare(model_runner, [EncodeSpec()])
 
     @torch.no_grad()
     def forward(
@@ -290,22 +269,38 @@ class T5EncoderModel(nn.Module):
         get_embedding: bool = True,
     ) -> EmbeddingPoolerOutput:
         capture = LayerCapture(forward_batch, self.config.num_layers)
+        if input_embeds is None:
+            self.graphs.run(capture, input_ids, positions, forward_batch)
+        else:
+            self.offer_states(capture, input_ids, positions, forward_batch, input_embeds)
+        return capture.finish()
 
-        def offer(layer: int, x_th: torch.Tensor) -> None:
-            if capture.wants(layer):
-                capture.offer(layer, within_range(x_th, self.dtype))
+    def offer_states(
+        self,
+        to: States,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
+    ) -> None:
+        """Runs as many blocks as have to run for what `to` wants, and offers it their states."""
+
+        def offer(layer: int, x_th: torch.Tensor, delta_th: torch.Tensor | None = None) -> None:
+            if to.wants(layer):
+                state_th = x_th if delta_th is None else x_th + delta_th
+                to.offer(layer, within_range(state_th, self.dtype))
 
         x_th = (self.embed_tokens(input_ids) if input_embeds is None else input_embeds).float()
+        delta_th = None
         offer(0, x_th)
-        for layer, block in enumerate(self.blocks[: capture.last_block], start=1):
-            x_th = block(x_th, forward_batch)
+        for layer, block in enumerate(self.blocks[: to.last_block], start=1):
+            x_th, delta_th = block(x_th, delta_th, forward_batch)
             if layer < len(self.blocks):
-                offer(layer, x_th)
-        if capture.last_block == len(self.blocks):
-            x_th = self.final_norm(x_th)
+                offer(layer, x_th, delta_th)
+        if to.last_block == len(self.blocks):
+            _, x_th = self.final_norm(x_th, delta_th)
             offer(len(self.blocks), x_th)
             offer(LAST_HIDDEN_STATE, x_th)
-        return capture.finish()
 
     def _destinations(self) -> dict[str, Destination]:
         """By the name of the weight in the checkpoint."""
@@ -336,9 +331,9 @@ class T5EncoderModel(nn.Module):
                 to[name] = Destination(feed_forward.wi, (config.d_ff, hidden), shard)
             name = f"{second}.DenseReluDense.wo.weight"
             to[name] = Destination(feed_forward.wo, (hidden, config.d_ff))
-            for x, param in feed_forward.act.named_parameters():
+            for x, param in feed_forward.act.function.named_parameters():
                 name = f"{second}.DenseReluDense.act.{x}"
-                to[name] = Destination(feed_forward.act, tuple(param.shape))
+                to[name] = Destination(feed_forward.act.function, tuple(param.shape))
         return to
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -79,4 +79,8 @@ class RelativePositionBias(nn.Module):
         buckets = buckets_by_distance(
             length, self.num_buckets, self.max_distance, self.weight.device
         )
+        return self.of_buckets(buckets)
+
+    def of_buckets(self, buckets: torch.Tensor) -> torch.Tensor:
+        """`[heads, n]` float32, the biases of `buckets`, `[n]` int64."""
         return self.weight.t().index_select(1, buckets)

@@ -2,48 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from sglang.srt.encode_only.packing import to_device
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.encode_only.bias import buckets_by_distance
 from sglang.srt.layers.attention.encode_only.packed_backend import PackedBackend, Reach, Runner
-from sglang.srt.layers.attention.encode_only.triton_kernel import BIAS_MARGIN, packed_attention
+from sglang.srt.layers.attention.encode_only.triton_kernel import (
+    BIAS_MARGIN,
+    LOG2E,
+    packed_attention,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
     from sglang.srt.layers.radix_attention import RadixAttention
 
 
+class Sequences(NamedTuple):
+    """Where the sequences of a packed batch lie, as `packed_attention` takes it."""
+
+    starts: torch.Tensor
+    attend: torch.Tensor
+
+
 class TritonEncodeBackend(PackedBackend):
-    """One kernel for all sequences of a batch. A forward pass waits for nothing on the host."""
+    """One kernel for all sequences of a batch. A forward pass waits for nothing on the host.
+
+    Attributes:
+        sequences: those of the batch.
+    """
 
     def __init__(self, model_runner: Runner):
         super().__init__(model_runner)
+        # For good: graphs read them.
+        self._buckets: dict[tuple[int, int], torch.Tensor] = {}
         self.take([], [])
 
     def take(self, lengths: Sequence[int], attend: Sequence[int]) -> None:
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        # From pageable memory a copy would wait for the GPU.
-        numbers = torch.tensor(
-            [*starts, *attend], dtype=torch.int32, pin_memory=self.device.type == "cuda"
-        ).to(self.device, non_blocking=True)
-        self.starts, self.attend = numbers.split([len(starts), len(attend)])
+        starts = [0, *itertools.accumulate(lengths)]
+        numbers = to_device([*starts, *attend], torch.int32, self.device)
+        self._use(Sequences(*numbers.split([len(starts), len(attend)])))
+
+    def _use(self, sequences: Sequences) -> None:
+        self.sequences = sequences
         # Kept until a layer has another: once a forward pass where the layers share a table.
         self._bias: RelativePositionBias | None = None
         self._bias_rows: torch.Tensor | None = None
 
+    @contextmanager
+    def using(self, sequences: Sequences) -> Iterator[None]:
+        """Has the layers that run meanwhile attend within other sequences than those taken."""
+        taken = self.sequences
+        self._use(sequences)
+        try:
+            yield
+        finally:
+            self._use(taken)
+
     def bias_rows(self, bias: RelativePositionBias | None) -> torch.Tensor | None:
-        """`[heads, 2 * reach + 1]` float32, as `packed_attention` takes them."""
+        """`[heads, 2 * reach + 1]` float32, as `packed_attention` takes them, units included."""
         if bias is not self._bias:
             self._bias = bias
             self._bias_rows = None
             if bias is not None:
-                # From `max_distance` on it is the same.
-                self._bias_rows = bias.by_distance(bias.max_distance + BIAS_MARGIN + 1)
+                sizes = bias.num_buckets, bias.max_distance
+                if sizes not in self._buckets:
+                    # From `max_distance` on they are the same.
+                    self._buckets[sizes] = buckets_by_distance(
+                        bias.max_distance + BIAS_MARGIN + 1, *sizes, self.device
+                    )
+                self._bias_rows = bias.of_buckets(self._buckets[sizes]).mul_(LOG2E.value)
         return self._bias_rows
 
     def attention(
@@ -59,8 +93,7 @@ class TritonEncodeBackend(PackedBackend):
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
             k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
             v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
-            self.starts,
-            self.attend,
+            *self.sequences,
             scaling=layer.scaling,
             causal=reach.causal,
             window=reach.window,

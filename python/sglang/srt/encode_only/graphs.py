@@ -1,0 +1,271 @@
+"""CUDA graphs of an encoder's forward pass: all its kernels launched as one.
+
+A batch is padded to a number of tokens and of sequences that there is a graph for. The tokens
+beyond its own are a sequence that is attended to by nobody, and their rows are cut off. A graph is
+recorded when a size is first seen, and those not used for longest are given up.
+
+That needs an attention backend that reads on the GPU where sequences lie, which
+`encode_only_triton` does. srt's `--cuda-graph-backend-prefill disabled` turns it off. srt's own
+graphs of prompts (breakable ones) are cut at every layer's attention, which costs an encoder of
+short prompts more than its products.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from sglang.srt.encode_only.batch import pack
+from sglang.srt.encode_only.outputs import LayerCapture, States
+from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
+from sglang.srt.layers.attention.encode_only.triton_backend import Sequences, TritonEncodeBackend
+from sglang.srt.model_executor.cuda_graph_config import Backend
+from sglang.srt.model_executor.forward_context import (
+    ForwardContext,
+    forward_context,
+    get_attn_backend,
+)
+from sglang.srt.runtime_context import get_exec, get_parallel
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 8192
+"""Most tokens of a graph. Kernels of more take longer than their launch."""
+MAX_GRAPHS = 128
+USUAL_LENGTH = 512
+"""Up to which prompts have their graphs before the first one comes."""
+
+
+class Run(Protocol):
+    """A forward pass that offers states."""
+
+    def __call__(
+        self,
+        to: States,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+    ) -> None: ...
+
+
+class Shape(NamedTuple):
+    """What a graph is for: so many tokens and sequences, and who wants what."""
+
+    tokens: int
+    sequences: int
+    wanted: frozenset[int]
+    pooled: bool
+
+    @classmethod
+    def holding(cls, capture: States, tokens: int, sequences: int) -> Shape:
+        """The smallest for a batch. Beyond 128 tokens, products take their rows 128 at a time, so
+        that those on top cost little."""
+        step = min(max(16, _power_of_2(tokens) // 8), 128)
+        padded = -(-tokens // step) * step
+        # One more for the tokens that are not the batch's.
+        return cls(
+            padded,
+            _power_of_2(sequences + (padded > tokens)),
+            capture.wanted,
+            capture.wants_pooled,
+        )
+
+
+def _power_of_2(number: int) -> int:
+    """The smallest that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
+class _Graph:
+    """A forward pass over inputs that always lie in the same place."""
+
+    def __init__(self, shape: Shape, like: torch.Tensor):
+        self.shape = shape
+        self.input_ids = torch.zeros(shape.tokens, dtype=like.dtype, device=like.device)
+        self.positions = torch.zeros_like(self.input_ids)
+        numbers = like.new_zeros(2 * shape.sequences + 1, dtype=torch.int32)
+        self.sequences = Sequences(*numbers.split([shape.sequences + 1, shape.sequences]))
+        self.replay: Callable[[], None] | None = None
+
+    def take(self, input_ids: torch.Tensor, positions: torch.Tensor, sequences: Sequences) -> None:
+        tokens, count = len(input_ids), len(sequences.attend)
+        self.input_ids[:tokens].copy_(input_ids)
+        self.positions[:tokens].copy_(positions)
+        self.sequences.starts[: count + 1].copy_(sequences.starts)
+        self.sequences.starts[count + 1 :].fill_(self.shape.tokens)
+        self.sequences.attend[:count].copy_(sequences.attend)
+        self.sequences.attend[count:].zero_()
+
+
+class Graphs:
+    """The forward passes of one model.
+
+    Args:
+        run: the model's forward pass, with parameters that stay where they are.
+        num_layers: number of its blocks.
+        quantized: whether its weights are.
+        max_length: most tokens of an input; None for any.
+    """
+
+    def __init__(
+        self, run: Run, num_layers: int, *, quantized: bool, max_length: int | None = None
+    ):
+        self._run = run
+        self._num_layers = num_layers
+        self._max_length = max_length
+        self._usable = (
+            get_exec().graph.cuda_graph_config.prefill.backend != Backend.DISABLED
+            # Rows that are not the batch's would count for scales of a whole product,
+            and not quantized
+            # and ranks would have to record together.
+            and get_parallel().tp_size == 1
+        )
+        self._graphs: OrderedDict[Shape, _Graph] = OrderedDict()
+        # What graphs give, by layer, `[MAX_TOKENS, hidden]`: read before the next one runs.
+        self._states: dict[int | None, torch.Tensor] = {}
+        self._pool: Any = None
+        self._turn = _Turn()
+
+    def run(
+        self,
+        to: States,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+    ) -> None:
+        """Offers `to` what it wants of a batch, by a graph where there can be one.
+
+        Args:
+            input_ids: `[tokens]` int64, the sequences end to end.
+            positions: `[tokens]` int64.
+        """
+        backend = get_attn_backend()
+        if not (
+            self._usable
+            and recordable(input_ids.device)
+            and isinstance(backend, TritonEncodeBackend)
+            and 0 < len(input_ids) <= MAX_TOKENS
+        ):
+            self._run(to, input_ids, positions, forward_batch)
+            return
+        shape = Shape.holding(to, len(input_ids), len(backend.sequences.attend))
+        with self._turn:
+            graph = self._graphs.get(shape) or _Graph(shape, input_ids)
+            graph.take(input_ids, positions, backend.sequences)
+            replay = graph.replay
+            if replay is None:
+                try:
+                    replay = self._record(graph, backend, forward_batch)
+                except RuntimeError as error:
+                    logger.warning(
+                        "No CUDA graphs: kernels are launched one by one from here on. %s", error
+                    )
+                    self._usable = False
+                    self._graphs.clear()
+                    self._states.clear()
+                    self._run(to, input_ids, positions, forward_batch)
+                    return
+            self._graphs.move_to_end(shape)
+            replay()
+            # The next one writes where this one has written.
+            for layer in shape.wanted:
+                to.offer(layer, self._states[layer][: len(input_ids)].clone())
+            if None in self._states and shape.pooled:
+                to.to_pool = self._states[None][: len(input_ids)].clone()
+
+    def prepare(self, model_runner: Any, usual: Iterable[EncodeSpec]) -> None:
+        """Records what a single prompt needs, so that nobody waits for that; on a GPU alone.
+
+        Args:
+            model_runner: with the attention backend of the model, for which it may be an encoder
+                in a process without a model runner.
+            usual: what is asked of the model most.
+        """
+        backend, device = model_runner.attn_backend, torch.device(model_runner.device)
+        if not (self._usable and recordable(device) and isinstance(backend, TritonEncodeBackend)):
+            return
+        longest = min(self._max_length or USUAL_LENGTH, USUAL_LENGTH)
+        shapes = [Shape.holding(States((), 0, pooled=False), n, 1) for n in range(1, longest + 1)]
+        # Few prompts fill a graph, but that of the longest, to which pipelines cut.
+        lengths = {*(min(shape.tokens - 1, longest) for shape in shapes), longest}
+        for spec in usual:
+            for length in sorted(lengths):
+                batch = pack([EncodeInput(token_ids=[0] * length, spec=spec)], device)
+                backend.init_forward_metadata(batch)
+                with forward_context(ForwardContext(backend), forward_batch=batch):
+                    capture = LayerCapture(batch, self._num_layers)
+                    self.run(capture, batch.input_ids, batch.positions, batch)
+
+    def _record(
+        self,
+        graph: _Graph,
+        backend: TritonEncodeBackend,
+        forward_batch: ForwardBatch,
+    ) -> Callable[[], None]:
+        shape = graph.shape
+
+        def run() -> None:
+            states = States(shape.wanted, self._num_layers, pooled=shape.pooled)
+            with backend.using(graph.sequences):
+                self._run(states, graph.input_ids, graph.positions, forward_batch)
+            for layer, rows_th in {**states.states, None: states.to_pool}.items():
+                if rows_th is None:
+                    continue
+                if layer not in self._states:
+                    self._states[layer] = rows_th.new_empty(MAX_TOKENS, rows_th.shape[1])
+                self._states[layer][: shape.tokens].copy_(rows_th)
+
+        while len(self._graphs) >= MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        graph.replay, self._pool = recorded(run, self._pool)
+        self._graphs[shape] = graph
+        return graph.replay
+
+
+class _Turn:
+    """One forward pass of a model after the other, on whichever streams they are."""
+
+    def __init__(self) -> None:
+        self._done: torch.cuda.Event | None = None
+
+    def __enter__(self) -> None:
+        if self._done is not None:
+            self._done.wait()
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_initialized():
+            self._done = self._done or torch.cuda.Event()
+            self._done.record()
+
+
+def recordable(device: torch.device) -> bool:
+    """Whether what runs there can be a graph."""
+    return device.type == "cuda"
+
+
+def recorded(run: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
+    """`run` as a CUDA graph.
+
+    Args:
+        pool: the memory of graphs that do not run at the same time; None for a new one.
+
+    Returns:
+        What runs it, and its pool.
+    """
+    # Kernels are compiled and loaded, and what is kept is made, before anything is recorded.
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on to allocate.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        run()
+    return graph.replay, graph.pool()

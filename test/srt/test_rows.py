@@ -1,0 +1,156 @@
+"""The fused kernels over rows, against float64, on a CPU."""
+
+from __future__ import annotations
+
+import ast
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreter import interpreted
+from sglang.srt.layers import row_kernels
+from sglang.srt.layers.row_kernels import ACTIVATIONS, activate, add_norm
+from sglang.srt.layers.rows import Activation, ResidualNorm
+from transformers.activations import ACT2FN
+
+__all__ = ["interpreted"]
+
+EPS = 1e-6
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+WIDTHS = [1, 2, 17, 63, 64, 65, 768, 1024, 1300]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if bias is not None:
+        return F.layer_norm(x, weight.shape, weight, bias, EPS)
+    return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight
+
+
+def check_add_norm(
+    tokens: int, width: int, seed: int, *, center: bool, delta: bool, dtype: torch.dtype
+) -> None:
+    """Rows lie apart, and what lies between them is NaN."""
+    torch.manual_seed(seed)
+    apart = [torch.full((tokens, width + 3), float("nan")) for _ in range(2)]
+    for rows in apart:
+        rows[:, :width] = 3 * torch.randn(tokens, width) + 1
+    x, y = apart[0][:, :width], apart[1].to(dtype)[:, :width] if delta else None
+    weight, bias = torch.randn(width), torch.randn(width) if center else None
+    before = x.clone()
+    total, found = add_norm(x, y, weight, bias, eps=EPS, center=center, dtype=dtype)
+    assert torch.equal(x, before)
+    exact = x.double() if y is None else x.double() + y.double()
+    torch.testing.assert_close(total.double(), exact, rtol=1e-6, atol=1e-6)
+    assert found.dtype == dtype and found.shape == (tokens, width)
+    expected = norm(exact, weight.double(), None if bias is None else bias.double())
+    # A layer norm of one number is its bias, and what is left of the number is noise.
+    bound = TOLERANCE[dtype] * (10 if center and width < 10 else 1)
+    assert error(found, expected) < bound
+
+
+def check_activate(
+    name: str, tokens: int, width: int, seed: int, *, gated: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(seed)
+    columns = 2 * width if gated else width
+    apart = torch.full((tokens, columns + 5), float("nan"), dtype=dtype)
+    apart[:, :columns] = 4 * torch.randn(tokens, columns)
+    h = apart[:, :columns]
+    found = activate(h, name, gated=gated, dtype=dtype)
+    assert found.dtype == dtype and found.shape == (tokens, width)
+    act = ACT2FN[name]
+    exact = act(h.double()[:, :width]) * (h.double()[:, width:] if gated else 1)
+    assert error(found, exact) < TOLERANCE[dtype]
+
+
+def check_extremes() -> None:
+    """Of what is infinite or no number, and far out, torch's own functions say what comes out."""
+    h = torch.tensor([[-1e30, -88.0, -20.0, -5.0, -0.0, 0.0, 5.0, 20.0, 88.0, 1e30, torch.nan]])
+    for name in ACTIVATIONS:
+        found = activate(h, name, gated=False, dtype=torch.float32)
+        # In float64 a product of small numbers is not yet zero.
+        expected = ACT2FN[name](h.double()).float()
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6, equal_nan=True)
+
+
+def check_modules(seed: int) -> None:
+    """What a model calls runs on the kernels, and gives what it gives without them."""
+    torch.manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        for center in (False, True):
+            module = ResidualNorm(40, EPS, torch.bfloat16, center=center)
+            for parameter in module.parameters():
+                parameter.data.normal_()
+            x, y = torch.randn(5, 40), torch.randn(5, 40).to(torch.bfloat16)
+            fused = module(x, y)
+            patch.setenv("TRITON_INTERPRET", "0")
+            plain = module(x, y)
+            patch.undo()
+            for one, other in zip(fused, plain, strict=True):
+                assert one.dtype == other.dtype
+                torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+        for name in (*ACTIVATIONS, "mish"):
+            module = Activation(name, torch.bfloat16, gated=True)
+            h = torch.randn(5, 40).to(torch.bfloat16)
+            fused = module(h)
+            patch.setenv("TRITON_INTERPRET", "0")
+            torch.testing.assert_close(fused, module(h), rtol=1e-2, atol=1e-2)
+            patch.undo()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("delta", [True, False], ids=["sum", "alone"])
+@pytest.mark.parametrize("center", [True, False], ids=["layer-norm", "rms-norm"])
+def test_norms(center: bool, delta: bool, dtype: torch.dtype, seed: int, interpreted) -> None:
+    rng = random.Random(seed)
+    for width in (*rng.sample(WIDTHS[:-3], 3), *WIDTHS[-3:]):
+        interpreted(
+            check_add_norm,
+            rng.randint(1, 9),
+            width,
+            seed,
+            center=center,
+            delta=delta,
+            dtype=dtype,
+        )
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name: str, gated: bool, seed: int, interpreted) -> None:
+    rng = random.Random(seed)
+    for width in (*rng.sample(WIDTHS, 3), 1025):
+        dtype = rng.choice(list(TOLERANCE))
+        interpreted(check_activate, name, rng.randint(1, 5), width, seed, gated=gated, dtype=dtype)
+
+
+def test_activations_far_out(interpreted) -> None:
+    interpreted(check_extremes)
+
+
+def test_modules(seed: int, interpreted) -> None:
+    interpreted(check_modules, seed)
+
+
+def test_no_rows() -> None:
+    x, h = torch.empty(0, 8), torch.empty(0, 16)
+    total, found = add_norm(x, x, torch.ones(8), eps=EPS, center=False, dtype=torch.float16)
+    assert total.shape == found.shape == (0, 8)
+    assert activate(h, "gelu", gated=True, dtype=torch.float16).shape == (0, 8)
+
+
+def test_the_kernels_need_torch_and_triton_alone() -> None:
+    tree = ast.parse(Path(row_kernels.__file__).read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    assert {name.partition(".")[0] for name in names} <= {"__future__", "torch", "triton"}
