@@ -1,4 +1,4 @@
-"""Triton's kernels on a CPU, by its interpreter.
+"""Triton's kernels on a GPU where there is one, else on a CPU by Triton's interpreter.
 
 That has to be chosen before triton is imported, and leaves traces; so what runs a kernel, the
 functions named `check_…`, does so in a process of its own.
@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 import torch
 from sglang.srt.runtime_context import get_parallel
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where kernels run."""
 
 
 def teach_bfloat16() -> None:
@@ -60,8 +63,11 @@ def on_one_rank(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[..., Any]]:
-    """Calls a function of a test module where kernels are interpreted."""
+def run_kernels() -> Iterator[Callable[..., Any]]:
+    """Calls a function of a test module where kernels run."""
+    if DEVICE.type == "cuda":
+        yield on_one_rank
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         # Blocks are too small to be worth a second thread.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang.srt.encode_only.in_process import pack
+from sglang.srt.encode_only.batch import pack
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
 from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
 from sglang.srt.layers.attention.encode_only.packed_backend import PackedBackend, Reach
@@ -49,6 +49,7 @@ def attend_both_ways(
     logit_cap: float = 0.0,
     window: int = -1,
     backend_type: type[PackedBackend] = SdpaBackend,
+    device: torch.device = CPU,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the backend computes for random queries, keys and values, and what float64 does."""
     kv_heads = kv_heads or heads
@@ -62,18 +63,19 @@ def attend_both_ways(
         sliding_window_size=window,
         attn_type=AttentionType.DECODER if causal else AttentionType.ENCODER_ONLY,
     )
-    bias = random_bias(heads) if with_bias else None
+    bias = random_bias(heads).to(device) if with_bias else None
     tokens = sum(lengths)
-    qkv = (torch.randn(tokens, (heads + 2 * kv_heads) * head_dim) * head_dim**-0.25).to(dtype)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim) * head_dim**-0.25
+    qkv = qkv.to(device, dtype)
     q, k, v = qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1)
     batch = pack(
         [
             EncodeInput(token_ids=[0] * n, spec=EncodeSpec(attend=attend[i] if attend else None))
             for i, n in enumerate(lengths)
         ],
-        CPU,
+        device,
     )
-    runner = SimpleNamespace(device=CPU, model_config=SimpleNamespace(num_attention_heads=heads))
+    runner = SimpleNamespace(device=device, model_config=SimpleNamespace(num_attention_heads=heads))
     backend = backend_type(runner)
     backend.init_forward_metadata(batch)
     with forward_context(ForwardContext(backend), forward_batch=batch):

@@ -1,7 +1,4 @@
-"""Forward passes of padded batches that always lie in the same place, as CUDA graphs need them.
-
-Here they run on a CPU without being graphs; `benchmark.graphs` compares real ones on a GPU.
-"""
+"""CUDA graphs of an encoder; without a GPU, the padded forward passes that they would be."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import interpreted
+from interpreter import DEVICE, run_kernels
 from sglang.srt.encode_only import graphs
 from sglang.srt.encode_only.graphs import MAX_TOKENS, Shape
 from sglang.srt.encode_only.in_process import InProcessEncoder
@@ -22,23 +19,24 @@ from test_clip_text import random_text_config, write_clip
 
 from checkpoints import random_config, write_t5
 
-__all__ = ["interpreted"]
+__all__ = ["run_kernels"]
 
 
 def open_with_graphs(folder: Path, patch: pytest.MonkeyPatch, *, prepared: bool = False) -> Any:
-    """An encoder whose graphs are forward passes as they are, and the list of those it made."""
+    """An encoder, and the list of the forward passes that it made graphs of."""
     made: list[Callable[[], None]] = []
+    real = graphs.recorded
 
     def recorded(run: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
         made.append(run)
-        return run, pool
+        return real(run, pool) if DEVICE.type == "cuda" else (run, pool)
 
     patch.setattr(graphs, "recorded", recorded)
     if not prepared:
         # What it does takes an interpreter minutes.
         patch.setattr(graphs.Graphs, "prepare", lambda *_: None)
     patch.setattr(graphs, "recordable", lambda device: True)
-    encoder = InProcessEncoder(str(folder), device="cpu", cuda_graph_backend_prefill="breakable")
+    encoder = InProcessEncoder(str(folder), device=DEVICE, cuda_graph_backend_prefill="breakable")
     return encoder, made
 
 
@@ -76,7 +74,7 @@ def check_answers(family: str, folder: Path, seed: int) -> None:
     """Batches of all sizes, asked for other layers by turns, against a pass that is no graph."""
     rng = random.Random(seed)
     layers = write(family, folder, rng)
-    plain = InProcessEncoder(str(folder), device="cpu", attention_backend="encode_only")
+    plain = InProcessEncoder(str(folder), device=DEVICE, attention_backend="encode_only")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "MAX_GRAPHS", 3)
         encoder, made = open_with_graphs(folder, patch)
@@ -146,27 +144,29 @@ def check_turned_off(folder: Path, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         encoder, made = open_with_graphs(folder, patch)
         encoder.close()
-        without = InProcessEncoder(str(folder), device="cpu", cuda_graph_backend_prefill="disabled")
+        without = InProcessEncoder(
+            str(folder), device=DEVICE, cuda_graph_backend_prefill="disabled"
+        )
         without.encode([EncodeInput(token_ids=[5] * 16)])
         assert not made
         without.close()
 
 
 @pytest.mark.parametrize("family", ["T5", "UMT5", "CLIP"])
-def test_answers(family: str, seed: int, tmp_path: Path, interpreted) -> None:
-    interpreted(check_answers, family, tmp_path / "model", seed)
+def test_answers(family: str, seed: int, tmp_path: Path, run_kernels) -> None:
+    run_kernels(check_answers, family, tmp_path / "model", seed)
 
 
-def test_recordings(seed: int, tmp_path: Path, interpreted) -> None:
-    interpreted(check_recordings, tmp_path / "model", seed)
+def test_recordings(seed: int, tmp_path: Path, run_kernels) -> None:
+    run_kernels(check_recordings, tmp_path / "model", seed)
 
 
-def test_preparation(tmp_path: Path, interpreted) -> None:
-    interpreted(check_preparation, tmp_path / "model")
+def test_preparation(tmp_path: Path, run_kernels) -> None:
+    run_kernels(check_preparation, tmp_path / "model")
 
 
-def test_turned_off(seed: int, tmp_path: Path, interpreted) -> None:
-    interpreted(check_turned_off, tmp_path / "model", seed)
+def test_turned_off(seed: int, tmp_path: Path, run_kernels) -> None:
+    run_kernels(check_turned_off, tmp_path / "model", seed)
 
 
 def test_shapes() -> None:

@@ -1,4 +1,4 @@
-"""The fused kernels over rows, against float64, on a CPU."""
+"""The fused kernels over rows, against float64."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import interpreted
+from interpreter import DEVICE, run_kernels
 from sglang.srt.layers import row_kernels
 from sglang.srt.layers.row_kernels import ACTIVATIONS, activate, add_norm
 from sglang.srt.layers.rows import Activation, ResidualNorm
 from transformers.activations import ACT2FN
 
-__all__ = ["interpreted"]
+__all__ = ["run_kernels"]
 
 EPS = 1e-6
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""Of rounding; a row may have one number."""
 WIDTHS = [1, 2, 17, 63, 64, 65, 768, 1024, 1300]
 
 
@@ -37,11 +38,12 @@ def check_add_norm(
 ) -> None:
     """Rows lie apart, and what lies between them is NaN."""
     torch.manual_seed(seed)
-    apart = [torch.full((tokens, width + 3), float("nan")) for _ in range(2)]
+    apart = [torch.full((tokens, width + 3), float("nan"), device=DEVICE) for _ in range(2)]
     for rows in apart:
         rows[:, :width] = 3 * torch.randn(tokens, width) + 1
     x, y = apart[0][:, :width], apart[1].to(dtype)[:, :width] if delta else None
-    weight, bias = torch.randn(width), torch.randn(width) if center else None
+    weight = torch.randn(width).to(DEVICE)
+    bias = torch.randn(width).to(DEVICE) if center else None
     before = x.clone()
     total, found = add_norm(x, y, weight, bias, eps=EPS, center=center, dtype=dtype)
     assert torch.equal(x, before)
@@ -51,7 +53,7 @@ def check_add_norm(
     expected = norm(exact, weight.double(), None if bias is None else bias.double())
     # A layer norm of one number is its bias, and what is left of the number is noise.
     bound = TOLERANCE[dtype] * (10 if center and width < 10 else 1)
-    assert error(found, expected) < bound
+    assert error(found, expected) <= 1.01 * bound
 
 
 def check_activate(
@@ -59,19 +61,24 @@ def check_activate(
 ) -> None:
     torch.manual_seed(seed)
     columns = 2 * width if gated else width
-    apart = torch.full((tokens, columns + 5), float("nan"), dtype=dtype)
+    apart = torch.full((tokens, columns + 5), float("nan"), dtype=dtype, device=DEVICE)
     apart[:, :columns] = 4 * torch.randn(tokens, columns)
     h = apart[:, :columns]
     found = activate(h, name, gated=gated, dtype=dtype)
     assert found.dtype == dtype and found.shape == (tokens, width)
     act = ACT2FN[name]
-    exact = act(h.double()[:, :width]) * (h.double()[:, width:] if gated else 1)
-    assert error(found, exact) < TOLERANCE[dtype]
+    gate, up = h.double()[:, :width], h.double()[:, width:] if gated else 1
+    exact = act(gate) * up
+    # Far below zero, an activation is the difference of two numbers near 1, and small numbers have
+    # fewer digits in float16.
+    noise = 2e-7 * (gate * up).norm() + 2**-25 * exact.numel() ** 0.5
+    assert (found.double() - exact).norm() <= 1.01 * TOLERANCE[dtype] * exact.norm() + noise
 
 
 def check_extremes() -> None:
     """Of what is infinite or no number, and far out, torch's own functions say what comes out."""
     h = torch.tensor([[-1e30, -88.0, -20.0, -5.0, -0.0, 0.0, 5.0, 20.0, 88.0, 1e30, torch.nan]])
+    h = h.to(DEVICE)
     for name in ACTIVATIONS:
         found = activate(h, name, gated=False, dtype=torch.float32)
         # In float64 a product of small numbers is not yet zero.
@@ -80,37 +87,37 @@ def check_extremes() -> None:
 
 
 def check_modules(seed: int) -> None:
-    """What a model calls runs on the kernels, and gives what it gives without them."""
+    """What a model calls runs on the kernels, and gives what it gives without them on a CPU."""
     torch.manual_seed(seed)
-    with pytest.MonkeyPatch.context() as patch:
-        for center in (False, True):
-            module = ResidualNorm(40, EPS, torch.bfloat16, center=center)
-            for parameter in module.parameters():
-                parameter.data.normal_()
-            x, y = torch.randn(5, 40), torch.randn(5, 40).to(torch.bfloat16)
-            fused = module(x, y)
+
+    def both(module: torch.nn.Module, *rows: torch.Tensor) -> None:
+        found = module.to(DEVICE)(*(x.to(DEVICE) for x in rows))
+        with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "0")
-            plain = module(x, y)
-            patch.undo()
-            for one, other in zip(fused, plain, strict=True):
-                assert one.dtype == other.dtype
-                torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
-        for name in (*ACTIVATIONS, "mish"):
-            module = Activation(name, torch.bfloat16, gated=True)
-            h = torch.randn(5, 40).to(torch.bfloat16)
-            fused = module(h)
-            patch.setenv("TRITON_INTERPRET", "0")
-            torch.testing.assert_close(fused, module(h), rtol=1e-2, atol=1e-2)
-            patch.undo()
+            expected = module.to("cpu")(*rows)
+        if isinstance(found, torch.Tensor):
+            found, expected = (found,), (expected,)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-2, atol=1e-2)
+
+    for center in (False, True):
+        norm_module = ResidualNorm(40, EPS, torch.bfloat16, center=center)
+        for parameter in norm_module.parameters():
+            parameter.data.normal_()
+        both(norm_module, torch.randn(5, 40), torch.randn(5, 40).to(torch.bfloat16))
+    for name in (*ACTIVATIONS, "mish"):
+        module = Activation(name, torch.bfloat16, gated=True)
+        both(module, torch.randn(5, 40).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("delta", [True, False], ids=["sum", "alone"])
 @pytest.mark.parametrize("center", [True, False], ids=["layer-norm", "rms-norm"])
-def test_norms(center: bool, delta: bool, dtype: torch.dtype, seed: int, interpreted) -> None:
+def test_norms(center: bool, delta: bool, dtype: torch.dtype, seed: int, run_kernels) -> None:
     rng = random.Random(seed)
     for width in (*rng.sample(WIDTHS[:-3], 3), *WIDTHS[-3:]):
-        interpreted(
+        run_kernels(
             check_add_norm,
             rng.randint(1, 9),
             width,
@@ -123,19 +130,19 @@ def test_norms(center: bool, delta: bool, dtype: torch.dtype, seed: int, interpr
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations(name: str, gated: bool, seed: int, interpreted) -> None:
+def test_activations(name: str, gated: bool, seed: int, run_kernels) -> None:
     rng = random.Random(seed)
     for width in (*rng.sample(WIDTHS, 3), 1025):
         dtype = rng.choice(list(TOLERANCE))
-        interpreted(check_activate, name, rng.randint(1, 5), width, seed, gated=gated, dtype=dtype)
+        run_kernels(check_activate, name, rng.randint(1, 5), width, seed, gated=gated, dtype=dtype)
 
 
-def test_activations_far_out(interpreted) -> None:
-    interpreted(check_extremes)
+def test_activations_far_out(run_kernels) -> None:
+    run_kernels(check_extremes)
 
 
-def test_modules(seed: int, interpreted) -> None:
-    interpreted(check_modules, seed)
+def test_modules(seed: int, run_kernels) -> None:
+    run_kernels(check_modules, seed)
 
 
 def test_no_rows() -> None:

@@ -1,4 +1,4 @@
-"""The fused attention kernel and its backend, against float64, on a CPU."""
+"""The fused attention kernel and its backend, against float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import interpreted
+from interpreter import DEVICE, run_kernels
 from sglang.srt.layers.attention.encode_only import triton_kernel
 from sglang.srt.layers.attention.encode_only.reference import reference_attention
 from sglang.srt.layers.attention.encode_only.triton_backend import TritonEncodeBackend
@@ -31,7 +31,7 @@ from test_encode_attention import (
     random_bias,
 )
 
-__all__ = ["interpreted", "one_rank"]
+__all__ = ["one_rank", "run_kernels"]
 
 GUARD = 70
 """Rows before and after those of a batch: not to be read, not to be written."""
@@ -69,6 +69,7 @@ def check_kernel(
     guarded_out = torch.full((tokens + 2 * GUARD, heads, v_head_dim + 3), float("nan"), dtype=dtype)
     batch = slice(GUARD, GUARD + tokens)
     guarded_qkv[batch] = torch.randn(tokens, sum(widths))
+    guarded_qkv, guarded_out = guarded_qkv.to(DEVICE), guarded_out.to(DEVICE)
     q, k, v = guarded_qkv[batch].split(widths, dim=1)
     start = 0
     for length, keys in zip(lengths, attend, strict=True):
@@ -78,7 +79,7 @@ def check_kernel(
     q_thd, k_thd = q.view(tokens, heads, head_dim), k.view(tokens, kv_heads, head_dim)
     v_thd = v.view(tokens, kv_heads, v_head_dim)
     out = guarded_out[batch, :, :v_head_dim]
-    bias = random_bias(heads, *buckets) if buckets else None
+    bias = random_bias(heads, *buckets).to(DEVICE) if buckets else None
     options = {
         "scaling": head_dim**-0.5,
         "causal": causal,
@@ -89,8 +90,8 @@ def check_kernel(
         q_thd,
         k_thd,
         v_thd,
-        torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        torch.tensor(attend, dtype=torch.int32),
+        torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32),
+        torch.tensor(attend, dtype=torch.int32, device=DEVICE),
         bias=None
         if bias is None
         else bias.by_distance(bias.max_distance + BIAS_MARGIN + 1) * LOG2E.value,
@@ -119,7 +120,9 @@ def check_kernel(
 def check_backend(lengths: Sequence[int], seed: int, **options: Any) -> None:
     torch.manual_seed(seed)
     assert_rows_close(
-        *attend_both_ways(lengths, backend_type=TritonEncodeBackend, heads=4, **options)
+        *attend_both_ways(
+            lengths, backend_type=TritonEncodeBackend, device=DEVICE, heads=4, **options
+        )
     )
 
 
@@ -138,24 +141,24 @@ def random_attend(lengths: Sequence[int], rng: random.Random) -> list[int]:
 @pytest.mark.parametrize("buckets", [(32, 128), None], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_lengths_around_the_ends_of_blocks(
-    causal: bool, buckets: tuple[int, int] | None, dtype: torch.dtype, seed: int, interpreted
+    causal: bool, buckets: tuple[int, int] | None, dtype: torch.dtype, seed: int, run_kernels
 ) -> None:
     lengths = [1, *edges(20, dtype)]
     random.Random(seed).shuffle(lengths)
-    interpreted(check_kernel, lengths, seed, dtype=dtype, causal=causal, buckets=buckets)
+    run_kernels(check_kernel, lengths, seed, dtype=dtype, causal=causal, buckets=buckets)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_ragged_batches_that_attend_to_some(
-    kv_heads: int, dtype: torch.dtype, seed: int, interpreted
+    kv_heads: int, dtype: torch.dtype, seed: int, run_kernels
 ) -> None:
     rng = random.Random(seed)
     lengths = [round(200 ** rng.random()) - (rng.random() < 0.2) for _ in range(4)]
     # As many keys as fill blocks, too.
     lengths += [150, 70]
     attend = [*random_attend(lengths[:-2], rng), blocks_for(20, dtype).keys, rng.choice((0, 1))]
-    interpreted(
+    run_kernels(
         check_kernel,
         lengths,
         seed,
@@ -169,11 +172,11 @@ def test_ragged_batches_that_attend_to_some(
 
 
 @pytest.mark.parametrize("head_dim", [16, 17, 40, 64, 72, 80, 96, 128, 160, 255, MAX_HEAD_DIM])
-def test_head_sizes(head_dim: int, seed: int, interpreted) -> None:
+def test_head_sizes(head_dim: int, seed: int, run_kernels) -> None:
     rng = random.Random(seed)
     dtype = rng.choice(list(TOLERANCE))
     lengths = rng.sample(edges(head_dim, dtype), 2)
-    interpreted(
+    run_kernels(
         check_kernel,
         lengths,
         seed,
@@ -187,11 +190,11 @@ def test_head_sizes(head_dim: int, seed: int, interpreted) -> None:
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("window", [0, 1, 31, 32, 33, 64, 65, 300])
-def test_windows(window: int, causal: bool, seed: int, interpreted) -> None:
+def test_windows(window: int, causal: bool, seed: int, run_kernels) -> None:
     rng = random.Random(seed)
     lengths = [round(150 ** rng.random()), window + 1, window + 2, 150]
     attend = [*random_attend(lengths[:-1], rng), 20]
-    blind = interpreted(
+    blind = run_kernels(
         check_kernel,
         lengths,
         seed,
@@ -208,22 +211,22 @@ def test_windows(window: int, causal: bool, seed: int, interpreted) -> None:
 
 
 @pytest.mark.parametrize("buckets", [None, (32, 128)], ids=["no-bias", "bias"])
-def test_capped_scores(buckets: tuple[int, int] | None, seed: int, interpreted) -> None:
-    interpreted(
+def test_capped_scores(buckets: tuple[int, int] | None, seed: int, run_kernels) -> None:
+    run_kernels(
         check_kernel, [5, 100, 33], seed, kv_heads=1, causal=True, logit_cap=2.0, buckets=buckets
     )
 
 
 @pytest.mark.parametrize("buckets", [(4, 2), (32, 9), (200, 51), (33, 300), (32, 128)])
-def test_biases_of_keys_far_away(buckets: tuple[int, int], seed: int, interpreted) -> None:
-    interpreted(check_kernel, [1, 330, 64], seed, heads=1, buckets=buckets)
+def test_biases_of_keys_far_away(buckets: tuple[int, int], seed: int, run_kernels) -> None:
+    run_kernels(check_kernel, [1, 330, 64], seed, heads=1, buckets=buckets)
 
 
-def test_more_sequences_than_are_searched_at_once(seed: int, interpreted) -> None:
+def test_more_sequences_than_are_searched_at_once(seed: int, run_kernels) -> None:
     rng = random.Random(seed)
     lengths = [rng.choice((0, 0, 1, 2)) for _ in range(SEARCH.value + 40)]
     lengths[rng.randrange(len(lengths))] = 130
-    interpreted(check_kernel, lengths, seed, heads=1, buckets=(32, 128))
+    run_kernels(check_kernel, lengths, seed, heads=1, buckets=(32, 128))
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
@@ -237,11 +240,11 @@ def test_no_tokens(lengths: list[int]) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_the_backend_passes_all_on(
-    causal: bool, dtype: torch.dtype, seed: int, interpreted
+    causal: bool, dtype: torch.dtype, seed: int, run_kernels
 ) -> None:
     rng = random.Random(seed)
     lengths = [round(150 ** rng.random()) for _ in range(6)]
-    interpreted(
+    run_kernels(
         check_backend,
         lengths,
         seed,
@@ -251,7 +254,7 @@ def test_the_backend_passes_all_on(
         causal=causal,
     )
     # As many keys as rows: each row has some within any window. srt takes 0 for none.
-    interpreted(
+    run_kernels(
         check_backend,
         lengths,
         seed,
