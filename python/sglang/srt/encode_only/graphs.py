@@ -155,7 +155,8 @@ class Graphs:
             self._run(to, input_ids, positions, forward_batch)
             return
         shape = Shape.holding(to, len(input_ids), len(backend.sequences.attend))
-        with self._turn:
+        # What is kept is written again, also by callers in another mode than the first.
+        with self._turn, torch.inference_mode(False), torch.no_grad():
             graph = self._graphs.get(shape) or _Graph(shape, input_ids)
             graph.take(input_ids, positions, backend.sequences)
             replay = graph.replay
