@@ -6,10 +6,13 @@ functions named `check_…`, does so in a process of its own.
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -77,3 +80,14 @@ def run_kernels() -> Iterator[Callable[..., Any]]:
         pool.submit(os.getpid).result()
     with pool:
         yield lambda *call, **options: pool.submit(on_one_rank, *call, **options).result()
+
+
+def imported_by(module: ModuleType) -> set[str]:
+    """The packages that a module's code imports."""
+    names = set()
+    for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(str(node.module))
+    return {name.partition(".")[0] for name in names}

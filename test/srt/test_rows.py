@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import random
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import DEVICE, run_kernels
+from interpreter import DEVICE, imported_by, run_kernels
 from sglang.srt.layers import row_kernels
 from sglang.srt.layers.row_kernels import ACTIVATIONS, activate, add_norm
 from sglang.srt.layers.rows import Activation, ResidualNorm
@@ -153,11 +151,4 @@ def test_no_rows() -> None:
 
 
 def test_the_kernels_need_torch_and_triton_alone() -> None:
-    tree = ast.parse(Path(row_kernels.__file__).read_text())
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    assert {name.partition(".")[0] for name in names} <= {"__future__", "torch", "triton"}
+    assert imported_by(row_kernels) <= {"__future__", "torch", "triton"}

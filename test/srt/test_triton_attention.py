@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from interpreter import DEVICE, run_kernels
+from interpreter import DEVICE, imported_by, run_kernels
 from sglang.srt.layers.attention.encode_only import triton_kernel
 from sglang.srt.layers.attention.encode_only.reference import reference_attention
 from sglang.srt.layers.attention.encode_only.triton_backend import TritonEncodeBackend
@@ -296,17 +294,4 @@ def test_layers_that_share_a_table_share_its_rows() -> None:
 
 
 def test_the_kernel_needs_torch_and_triton_alone() -> None:
-    tree = ast.parse(Path(triton_kernel.__file__).read_text())
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    assert {name.partition(".")[0] for name in names} <= {
-        "__future__",
-        "math",
-        "torch",
-        "triton",
-        "typing",
-    }
+    assert imported_by(triton_kernel) <= {"__future__", "math", "torch", "triton", "typing"}
