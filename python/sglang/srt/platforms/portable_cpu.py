@@ -9,7 +9,6 @@ encode-only mode needs of any platform is in `srt/encode_only/`.
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import os
 import sys
@@ -35,10 +34,6 @@ ENVIRONMENT = {
 """What this process and those it starts get, where the user has not set it. torch reads all of it
 when it first computes."""
 
-COLLECT_AFTER = 10_000
-"""New objects after which Python looks for garbage. What srt imports makes a million that stay, and
-looking among them every 700 takes a tenth of the time."""
-
 # Tokens of KV cache that a server takes without --max-total-tokens: a few requests at full length.
 DEFAULT_KV_TOKENS = 16384
 DEFAULT_RUNNING_REQUESTS = 64
@@ -62,10 +57,6 @@ def activate() -> str | None:
         return None
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    young, *older = gc.get_threshold()
-    # 0 is never.
-    if 0 < young < COLLECT_AFTER:
-        gc.set_threshold(COLLECT_AFTER, *older)
     # Kernels for CUDA, whose import takes 145 MB and two seconds. srt does without where it must.
     for library in ("flashinfer", "cutlass"):
         sys.modules.setdefault(library, None)  # type: ignore[arg-type]
