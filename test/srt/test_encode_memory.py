@@ -22,14 +22,14 @@ CONFIG = T5Config(
     d_kv=64,
     d_ff=2048,
     num_heads=8,
-    num_layers=16,
+    num_layers=22,
     feed_forward_proj="gated-gelu",
 )
 KV_CACHE = 2 * BUDGET * CONFIG.num_layers * 2 * CONFIG.num_heads * CONFIG.d_kv * 4
 """Bytes that a cache for the tokens of two batches would take."""
 
-SLACK = 2
-"""What an allocator adds to the tensors of a forward pass, and keeps of what was freed: 0.9 to 1.6
+SLACK = 2.5
+"""What an allocator adds to the tensors of a forward pass, and keeps of what was freed: 0.9 to 2.1
 times those of this test were measured in all."""
 
 

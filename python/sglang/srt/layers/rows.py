@@ -44,7 +44,7 @@ class ResidualNorm(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            residual_th: `[tokens, width]` float32; left as it is.
+            residual_th: `[tokens, width]` float32; the sum may be written there.
             delta_th: `[tokens, width]` of any dtype; None for nothing.
 
         Returns:
@@ -62,7 +62,7 @@ class ResidualNorm(nn.Module):
                 center=self.center,
                 dtype=self.dtype,
             )
-        sum_th = residual_th if delta_th is None else residual_th + delta_th
+        sum_th = residual_th if delta_th is None else residual_th.add_(delta_th)
         if self.center:
             norm_th = F.layer_norm(sum_th, self.weight.shape, self.weight, self.bias, self.eps)
         else:

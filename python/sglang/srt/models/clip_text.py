@@ -272,7 +272,9 @@ class CLIPTextModel(nn.Module):
         self, to: States, layer: int, x_th: torch.Tensor, delta_th: torch.Tensor | None
     ) -> None:
         if to.wants(layer):
-            to.offer(layer, (x_th if delta_th is None else x_th + delta_th).to(self.dtype))
+            # The next block writes into x.
+            state_th = x_th.clone() if delta_th is None else x_th + delta_th
+            to.offer(layer, state_th.to(self.dtype))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Takes the text encoder's weights by their names in transformers, and counts the others.

@@ -287,10 +287,12 @@ class T5EncoderModel(nn.Module):
 
         def offer(layer: int, x_th: torch.Tensor, delta_th: torch.Tensor | None = None) -> None:
             if to.wants(layer):
-                state_th = x_th if delta_th is None else x_th + delta_th
+                # The next block writes into x.
+                state_th = x_th.clone() if delta_th is None else x_th + delta_th
                 to.offer(layer, within_range(state_th, self.dtype))
 
-        x_th = (self.embed_tokens(input_ids) if input_embeds is None else input_embeds).float()
+        embeds_th = self.embed_tokens(input_ids) if input_embeds is None else input_embeds.clone()
+        x_th = embeds_th.float()
         delta_th = None
         offer(0, x_th)
         for layer, block in enumerate(self.blocks[: to.last_block], start=1):
