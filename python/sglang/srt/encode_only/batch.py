@@ -1,6 +1,7 @@
 """Encode-only batches on their way from the scheduler to the model.
 
-What each request asked for rides with the batch; everything else is upstream's prefill.
+What each request asked for rides with the batch. Everything else is upstream's prefill, as far as
+there is anything to prepare for an encoder: no slots in a KV cache, no prefix, no sampling.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sglang.srt.encode_only.request import EncodeInput
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
+    from sglang.srt.model_executor.model_runner import ModelRunner
 
 
 @dataclasses.dataclass
@@ -34,25 +36,110 @@ class ForwardBatch(StockForwardBatch):
     encode_segments: list[list[Segment]] | None = None
 
     @classmethod
-    def init_new(cls, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> ForwardBatch:
-        forward_batch = super().init_new(batch, *args, **kwargs)
-        forward_batch.encode_segments = [
+    def init_new(cls, batch: ScheduleBatch, model_runner: ModelRunner, **_: Any) -> ForwardBatch:
+        """What an encoder reads of a batch that `prepare` has prepared."""
+        assert batch.input_ids is not None and batch.extend_lens is not None, "A bug of ours."
+        requests = [
             segments(req.sampling_params.custom_params, length)
-            for req, length in zip(batch.reqs, forward_batch.extend_seq_lens_cpu or (), strict=True)
+            for req, length in zip(batch.reqs, batch.extend_lens, strict=True)
         ]
-        lengths = [one.length for inputs in forward_batch.encode_segments for one in inputs]
-        if len(lengths) > len(batch.reqs):
-            # srt counts from the start of a request, an encoder from that of an input.
-            own = to_device(positions(lengths), torch.int64, forward_batch.input_ids.device)
-            forward_batch.positions = own
-            if forward_batch.mrope_positions is not None:
-                forward_batch.mrope_positions = own.expand(3, -1)
-        return forward_batch
+        lengths = [one.length for request in requests for one in request]
+        device = batch.input_ids.device
+        return cls.packed(
+            requests,
+            input_ids=batch.input_ids,
+            positions=to_device(positions(lengths), torch.int64, device),
+            seq_lens=batch.seq_lens,
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens_cpu=batch.seq_lens_cpu,
+            orig_seq_lens=batch.orig_seq_lens,
+            rids=[req.rid for req in batch.reqs],
+            is_prefill_only=True,
+        )
+
+    @classmethod
+    def packed(
+        cls,
+        requests: list[list[Segment]],
+        *,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        seq_lens: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        **fields: Any,
+    ) -> ForwardBatch:
+        """
+        Args:
+            requests: the inputs of each.
+            input_ids: `[tokens]` int64.
+            positions: `[tokens]` int64, of each token in its input.
+            seq_lens: `[requests]` int64, the tokens of each.
+            req_pool_indices: `[requests]` int64.
+            fields: of srt's forward batch.
+        """
+        lengths = [sum(one.length for one in request) for request in requests]
+        return cls(
+            forward_mode=encode_only_mode(),
+            batch_size=len(requests),
+            input_ids=input_ids,
+            req_pool_indices=req_pool_indices,
+            seq_lens=seq_lens,
+            seq_lens_sum=len(input_ids),
+            # No KV cache is read or written, so that any slot will do.
+            out_cache_loc=req_pool_indices[:1].expand(len(input_ids)),
+            positions=positions,
+            extend_num_tokens=len(input_ids),
+            extend_seq_lens=seq_lens.int(),
+            extend_seq_lens_cpu=lengths,
+            extend_prefix_lens=torch.zeros_like(seq_lens, dtype=torch.int32),
+            extend_prefix_lens_cpu=[0] * len(requests),
+            encode_segments=requests,
+            **fields,
+        )
 
 
-def mark_batch(_result: None, batch: ScheduleBatch) -> None:
-    """AFTER `ScheduleBatch.prepare_for_extend`: the batch is encode-only."""
-    batch.forward_mode = encode_only_mode()
+def prepare(original: Any, self: ScheduleBatch) -> None:
+    """AROUND `ScheduleBatch.prepare_for_extend`: only what the scheduler and an encoder read.
+
+    A request gets a row, by which the scheduler counts those that run; its tokens get no slots,
+    since there is no KV cache.
+    """
+    # Not for an encoder in another process, which has no scheduler.
+    from sglang.srt.mem_cache.allocation import alloc_req_slots
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from sglang.srt.utils import flatten_arrays_to_pinned_cpu, is_pin_memory_available
+
+    reqs = self.reqs
+    lengths = [req.extend_len for req in reqs]
+    rows = alloc_req_slots(self.req_to_token_pool, reqs, self.tree_cache)
+    pin = is_pin_memory_available(self.device)
+    self.forward_mode = encode_only_mode()
+    self.input_ids = None
+    self.prefill_input_ids_cpu = flatten_arrays_to_pinned_cpu(
+        [req.get_fill_ids() for req in reqs], pin
+    )
+    numbers = torch.tensor([lengths, rows])
+    self.seq_lens_cpu, self.req_pool_indices_cpu = numbers
+    self.seq_lens, self.req_pool_indices = to_device(
+        numbers, torch.int64, torch.device(self.device)
+    )
+    self.orig_seq_lens = self.seq_lens.int()
+    self.prefix_lens = [0] * len(reqs)
+    self.extend_lens = lengths
+    self.extend_num_tokens = self.seq_lens_sum = sum(lengths)
+    self.extend_logprob_start_lens = self.prefix_lens
+    self.multimodal_inputs = [None] * len(reqs)
+    for req, length in zip(reqs, lengths, strict=True):
+        req.extend_batch_idx += 1
+        req.is_retracted = False
+        # Nothing of it is the request's own, so that nothing is given back with its row.
+        kv = req.kv
+        kv.kv_allocated_len = kv.kv_committed_len = kv.cache_protected_len = length
+    if self.enable_overlap:
+        # Batches whose results are not processed yet are merged.
+        self.sampling_info = SamplingBatchInfo.from_schedule_batch(
+            self, self.model_config.vocab_size
+        )
 
 
 def send_straight_back(original: Any, *args: Any, **kwargs: Any) -> SchedulerIpcChannels:
@@ -70,26 +157,13 @@ def pack(batch: Sequence[EncodeInput], device: torch.device) -> ForwardBatch:
     lengths = [len(one.token_ids) for one in batch]
     tokens = len(ids)
     # One copy to the device for all.
-    input_ids, own_positions, seq_lens = to_device(
-        np.concatenate([ids, positions(lengths), [tokens]]), torch.int64, device
-    ).split([tokens, tokens, 1])
-    nothing = torch.zeros(2, dtype=torch.int64, device=device)
-    zeros, short_zeros = nothing[:1], nothing[1:].view(torch.int32)[:1]
-    return ForwardBatch(
-        forward_mode=encode_only_mode(),
-        batch_size=1,
+    input_ids, own_positions, seq_lens, row = to_device(
+        np.concatenate([ids, positions(lengths), [tokens, 0]]), torch.int64, device
+    ).split([tokens, tokens, 1, 1])
+    return ForwardBatch.packed(
+        [[Segment(len(one.token_ids), one.spec) for one in batch]],
         input_ids=input_ids,
-        req_pool_indices=zeros,
-        seq_lens=seq_lens,
-        seq_lens_sum=tokens,
-        # No KV cache is read or written, so that any slot will do.
-        out_cache_loc=zeros.expand(tokens),
         positions=own_positions,
-        extend_num_tokens=tokens,
-        extend_seq_lens=seq_lens.int(),
-        extend_seq_lens_cpu=[tokens],
-        extend_prefix_lens=short_zeros,
-        extend_prefix_lens_cpu=[0],
-        extend_start_loc=short_zeros,
-        encode_segments=[[Segment(len(one.token_ids), one.spec) for one in batch]],
+        seq_lens=seq_lens,
+        req_pool_indices=row,
     )

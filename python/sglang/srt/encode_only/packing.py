@@ -138,9 +138,9 @@ def positions(lengths: Sequence[int]) -> np.ndarray:
 
 
 def to_device(
-    numbers: Sequence[int] | np.ndarray, dtype: torch.dtype, device: torch.device
+    numbers: Sequence[int] | np.ndarray | torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """`[numbers]` on `device`, without waiting for what that is doing."""
+    """`numbers` on `device`, without waiting for what that is doing."""
     found = torch.as_tensor(numbers, dtype=dtype)
     if device.type == "cuda":
         # From pageable memory, a copy would wait.

@@ -68,8 +68,12 @@ def enter_scheduler(hf_config: Any) -> None:
     """The part of encode-only mode that runs models, for a scheduler or a worker elsewhere."""
     from sglang.srt.encode_only import encoders, metrics
     from sglang.srt.encode_only.forward_mode import encode_only_mode
+    from sglang.srt.environ import envs
 
     encode_only_mode()
+    if not envs.SGLANG_EAGER_INPUT_NO_COPY.is_set():
+        # srt's copies are for graphs of its own; the inputs of ours are copied by encode_only.graphs.
+        envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
     seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "scheduler")
     for backend in ("sdpa", "triton_backend"):
         importlib.import_module(f"sglang.srt.layers.attention.encode_only.{backend}")

@@ -110,12 +110,12 @@ ENCODE_ONLY: tuple[Seam, ...] = (
     ),
     Seam(
         target="sglang.srt.managers.schedule_batch:ScheduleBatch.prepare_for_extend",
-        kind="after",
-        hook="sglang.srt.encode_only.batch:mark_batch",
+        kind="around",
+        hook="sglang.srt.encode_only.batch:prepare",
         parameters=("self",),
         process="scheduler",
-        reason="Marks the batch.",
-        upstream="`ENCODE_ONLY if get_model().is_embedding_encoder else EXTEND`",
+        reason="The batch is of our mode, and needs no slots in a KV cache.",
+        upstream="a method `prepare_for_encode_only` beside prepare_for_idle",
     ),
     Seam(
         target="sglang.srt.model_executor.forward_batch_info:ForwardBatch",
@@ -124,7 +124,8 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         process="scheduler",
         reason="The model needs to know which inputs a request holds and which layers each asks "
         "for, the attention where they end and which keys they have.",
-        upstream="a field `encode_segments` of ForwardBatch, filled from `batch.reqs`",
+        upstream="a field `encode_segments` of ForwardBatch, filled from `batch.reqs`, and an early "
+        "return in init_new",
     ),
     Seam(
         target="sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
