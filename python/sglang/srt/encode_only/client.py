@@ -23,7 +23,7 @@ from sglang.srt.encode_only.request import (
     RequestError,
 )
 from sglang.srt.encode_only.shared_memory import Memories, Memory
-from sglang.srt.encode_only.transport import AsyncTransport, Transport
+from sglang.srt.encode_only.transport import MEMORY, AsyncTransport, Transport
 
 Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
@@ -136,16 +136,23 @@ class EncoderClient:
 
     def _encode(self, request: wire.EncodeRequest) -> list[EncodeOutput]:
         with _lent(self._memories, request) as (body, memory):
-            answer = self._exchange("POST", body)
+            answer = self._exchange("POST", body, memory=memory)
         return _read_outputs(self.base_url, request, *answer, self._memories, memory)
 
     def _exchange(
-        self, method: str, body: bytes | None = None, timeout: float | None = None
+        self,
+        method: str,
+        body: bytes | None = None,
+        *,
+        timeout: float | None = None,
+        memory: Memory | None = None,
     ) -> tuple[httpx.Response, bytes]:
         within = self._http.timeout if timeout is None else _timeout(timeout)
         with (
             _unavailable(self.base_url),
-            self._http.stream(method, self._route, content=body, timeout=within) as response,
+            self._http.stream(
+                method, self._route, content=body, timeout=within, extensions={MEMORY: memory}
+            ) as response,
         ):
             return response, next(response.iter_raw(), b"")
 
@@ -226,14 +233,16 @@ class AsyncEncoderClient:
 
     async def _encode(self, request: wire.EncodeRequest) -> list[EncodeOutput]:
         with _lent(self._memories, request) as (body, memory):
-            answer = await self._exchange("POST", body)
+            answer = await self._exchange("POST", body, memory=memory)
         return _read_outputs(self.base_url, request, *answer, self._memories, memory)
 
     async def _exchange(
-        self, method: str, body: bytes | None = None
+        self, method: str, body: bytes | None = None, *, memory: Memory | None = None
     ) -> tuple[httpx.Response, bytes]:
         with _unavailable(self.base_url):
-            async with self._http.stream(method, self._route, content=body) as response:
+            async with self._http.stream(
+                method, self._route, content=body, extensions={MEMORY: memory}
+            ) as response:
                 return response, await anext(response.aiter_raw(), b"")
 
 

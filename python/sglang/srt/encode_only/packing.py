@@ -38,10 +38,12 @@ class Place(NamedTuple):
 
     Attributes:
         offset: in bytes, of the answer's body.
+        last: whether the answer is there, whole, once this is written.
     """
 
     offer: Offer
     offset: int
+    last: bool = False
 
     def write(self, values: memoryview) -> bool:
         """Whether it could be done: the caller's memory may be out of reach, or gone."""
@@ -49,6 +51,8 @@ class Place(NamedTuple):
             self.offer.write(values, self.offset)
         except (OSError, ValueError):
             return False
+        if self.last:
+            self.offer.ring(self.offset + len(values))
         return True
 
 
@@ -67,7 +71,7 @@ class Packed(dict[str, Any]):
         """
         return cls(
             {
-                _PLACE: place and (*msgspec.structs.astuple(place.offer), place.offset),
+                _PLACE: place and (*msgspec.structs.astuple(place.offer), place.offset, place.last),
                 _KEY: [
                     (len(one.token_ids), spec.layers, spec.pooled, spec.attend, spec.skip)
                     for one in inputs
@@ -94,8 +98,8 @@ def place_of(params: Mapping[str, Any] | None) -> Place | None:
     """Where the answer to a request is to be written, by its `custom_params`."""
     if not params or not (place := params.get(_PLACE)):
         return None
-    *offer, offset = place
-    return Place(Offer(*offer), offset)
+    *offer, offset, last = place
+    return Place(Offer(*offer), offset, last)
 
 
 def num_inputs(params: Mapping[str, Any] | None) -> int:

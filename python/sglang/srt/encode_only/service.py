@@ -155,9 +155,9 @@ class EncodeService:
         parts = self._parts(inputs)
         head = wire.answer_head(inputs, truncated, info)
         ends = [*itertools.accumulate((_bytes(part, info) for part in parts), initial=len(head))]
-        places = [packing.Place(offer, start) for start in ends[:-1]]
-        answers = await self._submit(parts, places, raw_request)
         written = packing.Place(offer, 0).write(memoryview(head))
+        places = [packing.Place(offer, start, last=len(parts) == 1) for start in ends[:-1]]
+        answers = await self._submit(parts, places, raw_request)
         for values, place in zip(answers, places, strict=True):
             # What the scheduler has written comes back empty; it may be where it cannot.
             written = written and (not values.numel() or place.write(wire.raw(values)))

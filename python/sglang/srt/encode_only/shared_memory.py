@@ -6,6 +6,10 @@ they pass no socket. A server that cannot open it, being in another container or
 behind a tunnel, or that does not find the token there, answers as if nothing had been offered.
 
 The file has no name: it is gone with the last process that has it open, however that ends.
+
+The HTTP answer says how large the body is. It comes from the server's other process, milliseconds
+after the scheduler has written the last byte, so that the scheduler also tells the caller itself, by
+a datagram. Whoever misses that has the HTTP answer.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
+import functools
 import mmap
 import os
 import secrets
+import socket
+import struct
 import weakref
 from collections.abc import Iterator
 
@@ -33,6 +40,10 @@ MAX_KEPT_BYTES = 32 << 20
 """and how large those are at most."""
 
 _NAME = "sglang-encode"
+_BELL = f"\0{_NAME}-"
+"""With what the names of callers' sockets begin: nothing else is ever written to."""
+_RING = struct.Struct("=32sQQ")
+"""The token, the number of the answer and its size."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -42,11 +53,15 @@ class Offer(msgspec.Struct, frozen=True):
         pid: the caller's process.
         fd: its descriptor of the file.
         token: with which the file begins, 32 hexadecimal digits.
+        bell: whose socket is told that the answer is there, a name in this host's network.
+        answer: the how-manieth this is.
     """
 
     pid: int
     fd: int
     token: str
+    bell: str = ""
+    answer: int = 0
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
@@ -88,24 +103,54 @@ class Offer(msgspec.Struct, frozen=True):
                 count = os.pwrite(fd, values, at)
                 values, at = values[count:], at + count
 
+    def ring(self, size: int) -> None:
+        """Tells the caller that the body is there, all its `size` bytes; it may be gone."""
+        with contextlib.suppress(OSError):
+            message = _RING.pack(self.token.encode(), self.answer, size)
+            _ringer().sendto(message, _BELL + self.bell)
+
+
+@functools.cache
+def _ringer() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
 
 def _head(token: str) -> bytes:
     return token.encode().ljust(BODY, b"\0")
 
 
 class Memory:
-    """A file in memory of this process."""
+    """A file in memory of this process, and a socket at which it is told of answers.
+
+    Attributes:
+        bell: the socket.
+    """
 
     def __init__(self) -> None:
+        name = secrets.token_hex(16)
+        self.bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.bell.bind(_BELL + name)
         self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self.close = weakref.finalize(self, os.close, self.fd)
-        self.token = secrets.token_hex(16)
+        self.close = weakref.finalize(self, _close, self.fd, self.bell)
+        self.offer = Offer(os.getpid(), self.fd, secrets.token_hex(16), name)
         self._mapped: mmap.mmap | None = None
-        os.pwrite(self.fd, _head(self.token), 0)
+        os.pwrite(self.fd, _head(self.offer.token), 0)
 
-    @property
-    def offer(self) -> Offer:
-        return Offer(os.getpid(), self.fd, self.token)
+    def next_answer(self) -> None:
+        """From now on another answer is awaited."""
+        self.offer = msgspec.structs.replace(self.offer, answer=self.offer.answer + 1)
+
+    def rung(self) -> int | None:
+        """How large the answer is that is awaited, if it is there, in bytes."""
+        expected = self.offer.token.encode(), self.offer.answer
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                message = self.bell.recv(_RING.size + 1)
+                if len(message) == _RING.size:
+                    token, answer, size = _RING.unpack(message)
+                    if (token, answer) == expected:
+                        return size
+        return None
 
     def body(self, size: int) -> np.ndarray:
         """The first `size` bytes of the body, uint8; they change with the file.
@@ -117,6 +162,11 @@ class Memory:
         if self._mapped is None or len(self._mapped) < end:
             self._mapped = mmap.mmap(self.fd, end, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         return np.frombuffer(self._mapped, np.uint8, size, BODY)
+
+
+def _close(fd: int, bell: socket.socket) -> None:
+    os.close(fd)
+    bell.close()
 
 
 class Memories:
@@ -137,6 +187,7 @@ class Memories:
         if memory is None:
             yield None
             return
+        memory.next_answer()
         try:
             yield memory
         except BaseException:

@@ -1,4 +1,5 @@
-"""How a client's requests travel: HTTP/1.1 over kept connections, every answer in one buffer.
+"""How a client's requests travel: HTTP/1.1 over kept connections, every answer in one buffer, or
+in memory that was lent for it.
 
 httpx's own transport hands a body on in 64 KiB pieces and copies each several times, which takes
 10 ms for 4 MiB where the sockets alone take 3. This one reads a body straight into its buffer. It
@@ -19,13 +20,21 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import httpx
-from sglang.srt.encode_only.wire import MAX_ANSWER_BYTES
+from sglang.srt.encode_only.shared_memory import Memory
+from sglang.srt.encode_only.wire import IN_MEMORY, MAX_ANSWER_BYTES, SAFETENSORS
 
 MAX_THREADS = 64
 """Most requests that an AsyncTransport has under way; more wait for their turn."""
+
+
+MEMORY = "memory"
+"""The extension of a request that names the Memory which its body offers."""
+
+SETTLE_SECONDS = 5.0
+"""How long the rest of an HTTP answer may take that has begun and that nobody waits for."""
 
 
 class Buffer(httpx.SyncByteStream, httpx.AsyncByteStream):
@@ -58,21 +67,34 @@ class Exchange:
         """From now on the request's time runs, on however many connections."""
         self._deadline = Deadline(_timeout(self.request, "read"))
 
-    def over(self, connection: http.client.HTTPConnection) -> tuple[httpx.Response, bool]:
-        """The whole answer, and whether the connection may be used again."""
+    def over(
+        self, connection: http.client.HTTPConnection, *, again: bool = False
+    ) -> tuple[httpx.Response, Kept | None]:
+        """The whole answer, and the connection where it may be used again.
+
+        Args:
+            again: whether the request has been sent before.
+        """
         self._connection = connection
         if self._abandoned:
             raise httpx.ReadError("The caller has left.")
         with _as_httpx_errors(httpx.ReadTimeout, httpx.ReadError):
             try:
-                answer = self._answer(connection)
+                self._send(connection)
+                # Of what was sent twice, one answer may be written when the other has been read.
+                size = None if again else self._in_memory(connection)
+                if size is not None:
+                    headers = {IN_MEMORY: str(size), "Content-Type": SAFETENSORS}
+                    response = httpx.Response(200, headers=headers, stream=Buffer(bytearray()))
+                    return response, Kept(connection, owed=True)
+                answer = connection.getresponse()
             except ConnectionError as error:
                 raise Unanswered(f"the connection ended unanswered ({error})") from error
             body = _body_of(answer)
         response = httpx.Response(answer.status, headers=answer.getheaders(), stream=Buffer(body))
-        return response, not answer.will_close
+        return response, None if answer.will_close else Kept(connection)
 
-    def _answer(self, connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+    def _send(self, connection: http.client.HTTPConnection) -> None:
         request, deadline = self.request, self._deadline
         assert connection.sock is not None, "Not connected. This is a bug."
         assert deadline is not None, "Not begun. This is a bug."
@@ -81,7 +103,23 @@ class Exchange:
         connection.request(
             request.method, request.url.raw_path.decode(), request.content, dict(request.headers)
         )
-        return connection.getresponse()
+
+    def _in_memory(self, connection: http.client.HTTPConnection) -> int | None:
+        """Waits for an answer. Its size, if it is in memory; None once HTTP has something to say."""
+        memory: Memory | None = self.request.extensions.get(MEMORY)
+        if memory is None:
+            return None
+        assert self._deadline is not None, "Not begun. This is a bug."
+        poll = select.poll()
+        for each in (memory.bell, connection.sock):
+            poll.register(each, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll(self._deadline.milliseconds())}
+            size = memory.rung()
+            if size is not None:
+                return size
+            if ready - {memory.bell.fileno()}:
+                return None
 
     def abandon(self) -> None:
         """Wakes the thread that waits for the answer; its wait then fails."""
@@ -99,13 +137,20 @@ class Deadline:
 
     def bound(self, sock: socket.socket) -> None:
         """Bounds the next operation of `sock`; TimeoutError where the time is over."""
+        sock.settimeout(self._left())
+
+    def milliseconds(self) -> int | None:
+        """How long to poll, at least 1; TimeoutError where the time is over."""
+        left = self._left()
+        return None if left is None else max(1, int(left * 1e3))
+
+    def _left(self) -> float | None:
         if self._end is None:
-            sock.settimeout(None)
-            return
+            return None
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
-        sock.settimeout(left)
+        return left
 
 
 class Incoming(io.RawIOBase):
@@ -141,11 +186,30 @@ def _response(
     return http.client.HTTPResponse(Incoming(sock, deadline), *args, **kwargs)
 
 
+class Kept(NamedTuple):
+    """A connection for further requests.
+
+    Attributes:
+        owed: whether the HTTP answer to the last one is still to come.
+    """
+
+    connection: http.client.HTTPConnection
+    owed: bool = False
+
+    def settled(self) -> Kept | None:
+        """The connection without what it was owed, which has begun to arrive."""
+        with _as_httpx_errors(httpx.ReadTimeout, httpx.ReadError):
+            self.connection.response_class = functools.partial(_response, Deadline(SETTLE_SECONDS))
+            answer = self.connection.getresponse()
+            _body_of(answer)
+        return None if answer.will_close else Kept(self.connection)
+
+
 class Transport(httpx.BaseTransport):
     """Threads may share one: every request has a connection to itself."""
 
     def __init__(self) -> None:
-        self._kept: collections.deque[http.client.HTTPConnection] = collections.deque()
+        self._kept: collections.deque[Kept] = collections.deque()
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         request.read()
@@ -163,37 +227,56 @@ class Transport(httpx.BaseTransport):
             # The other end closes idle connections, perhaps at this moment: then once more.
             with contextlib.suppress(Unanswered):
                 return self._carry_over(kept, exchange)
-        return self._carry_over(_connect(exchange.request), exchange)
+        return self._carry_over(_connect(exchange.request), exchange, again=kept is not None)
 
     def close(self) -> None:
         while self._kept:
-            self._kept.pop().close()
+            self._kept.pop().connection.close()
 
     def _carry_over(
-        self, connection: http.client.HTTPConnection, exchange: Exchange
+        self, connection: http.client.HTTPConnection, exchange: Exchange, *, again: bool = False
     ) -> httpx.Response:
-        reusable = False
+        kept = None
         try:
-            response, reusable = exchange.over(connection)
+            response, kept = exchange.over(connection, again=again)
             return response
         finally:
-            if reusable:
-                self._kept.append(connection)
+            if kept is not None:
+                self._kept.append(kept)
             else:
                 connection.close()
 
     def _take_kept(self) -> http.client.HTTPConnection | None:
-        while True:
-            try:
-                connection = self._kept.pop()
-            except IndexError:
-                return None
-            poll = select.poll()
-            poll.register(connection.sock, select.POLLIN)
-            if not poll.poll(0):
-                return connection
-            # Nothing is awaited on it, so what can be read is its end.
-            connection.close()
+        owed: list[Kept] = []
+        try:
+            while True:
+                kept = self._kept.pop()
+                if not _readable(kept.connection):
+                    if not kept.owed:
+                        return kept.connection
+                    owed.append(kept)
+                    continue
+                settled = None
+                try:
+                    # Where nothing is awaited, what can be read is the connection's end.
+                    settled = kept.settled() if kept.owed else None
+                except httpx.TransportError:
+                    pass
+                finally:
+                    if settled is None:
+                        kept.connection.close()
+                    else:
+                        self._kept.append(settled)
+        except IndexError:
+            return None
+        finally:
+            self._kept.extendleft(owed)
+
+
+def _readable(connection: http.client.HTTPConnection) -> bool:
+    poll = select.poll()
+    poll.register(connection.sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class AsyncTransport(httpx.AsyncBaseTransport):
