@@ -7,6 +7,7 @@ and free of input and output. Bodies are in `wire.py`, sockets in `transport.py`
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -61,13 +62,8 @@ class EncoderClient:
     ):
         self.base_url = base_url
         self._memories = _memories(base_url) if share_memory else None
-        self._http = httpx.Client(
-            base_url=base_url,
-            headers=_headers(api_key),
-            timeout=_timeout(timeout),
-            transport=Transport(),
-        )
-        self._route = _route(self._http)
+        self._transport = Transport()
+        self._requests = _Requests(base_url, api_key, timeout)
 
     def info(self, *, timeout: float | None = None) -> EncoderInfo:
         """What the encoder is.
@@ -119,7 +115,7 @@ class EncoderClient:
 
     def close(self) -> None:
         """Ends the connections. Answers stay valid."""
-        self._http.close()
+        self._transport.close()
         if self._memories is not None:
             self._memories.close()
 
@@ -147,13 +143,9 @@ class EncoderClient:
         timeout: float | None = None,
         memory: Memory | None = None,
     ) -> tuple[httpx.Response, bytes]:
-        within = self._http.timeout if timeout is None else _timeout(timeout)
-        with (
-            _unavailable(self.base_url),
-            self._http.stream(
-                method, self._route, content=body, timeout=within, extensions={MEMORY: memory}
-            ) as response,
-        ):
+        with _unavailable(self.base_url):
+            request = self._requests.make(method, body, timeout=timeout, memory=memory)
+            response = self._transport.handle_request(request)
             return response, next(response.iter_raw(), b"")
 
 
@@ -173,13 +165,8 @@ class AsyncEncoderClient:
     ):
         self.base_url = base_url
         self._memories = _memories(base_url) if share_memory else None
-        self._http = httpx.AsyncClient(
-            base_url=base_url,
-            headers=_headers(api_key),
-            timeout=_timeout(timeout),
-            transport=AsyncTransport(),
-        )
-        self._route = _route(self._http)
+        self._transport = AsyncTransport()
+        self._requests = _Requests(base_url, api_key, timeout)
 
     async def info(self) -> EncoderInfo:
         """As `EncoderClient.info`."""
@@ -216,7 +203,7 @@ class AsyncEncoderClient:
 
     async def close(self) -> None:
         """As `EncoderClient.close`."""
-        await self._http.aclose()
+        await self._transport.aclose()
         if self._memories is not None:
             self._memories.close()
 
@@ -240,10 +227,50 @@ class AsyncEncoderClient:
         self, method: str, body: bytes | None = None, *, memory: Memory | None = None
     ) -> tuple[httpx.Response, bytes]:
         with _unavailable(self.base_url):
-            async with self._http.stream(
-                method, self._route, content=body, extensions={MEMORY: memory}
-            ) as response:
-                return response, await anext(response.aiter_raw(), b"")
+            request = self._requests.make(method, body, memory=memory)
+            response = await self._transport.handle_async_request(request)
+            return response, await anext(response.aiter_raw(), b"")
+
+
+class _Requests:
+    """Makes requests to one server, without what httpx's clients do for others each time: cookies,
+    redirects and the merging of URLs, which take a quarter of a millisecond."""
+
+    def __init__(self, base_url: str, api_key: str | None, timeout: float):
+        self._base_url = base_url
+        self._api_key = api_key
+        self._timeout = timeout
+
+    @functools.cached_property
+    def _first(self) -> httpx.Request:
+        """What they have in common, as httpx makes it of a URL."""
+        headers = {"Accept-Encoding": "identity", "Content-Type": wire.JSON}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        with httpx.Client(base_url=self._base_url, headers=headers, transport=Transport()) as http:
+            request = http.build_request("GET", wire.ROUTE)
+        url = request.url
+        if not self._api_key and (url.username or url.password):
+            request = next(httpx.BasicAuth(url.username, url.password).auth_flow(request))
+        return request
+
+    def make(
+        self,
+        method: str,
+        content: bytes | None,
+        *,
+        timeout: float | None = None,
+        memory: Memory | None = None,
+    ) -> httpx.Request:
+        seconds = self._timeout if timeout is None else timeout
+        within = httpx.Timeout(seconds, connect=min(seconds, 10.0))
+        return httpx.Request(
+            method,
+            self._first.url,
+            headers=self._first.headers,
+            content=content,
+            extensions={"timeout": within.as_dict(), MEMORY: memory},
+        )
 
 
 Group = tuple[wire.EncodeRequest, list[int]]
@@ -287,20 +314,6 @@ def _lent(
     with memories.lent() as memory:
         offer = memory and memory.offer
         yield wire.write_request(msgspec.structs.replace(request, memory=offer)), memory
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    headers = {"Accept-Encoding": "identity", "Content-Type": wire.JSON}
-    return headers | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-
-
-def _route(http: httpx.Client | httpx.AsyncClient) -> httpx.URL:
-    """Parsed once, which takes as long as the rest of what httpx does for a request."""
-    return http.build_request("POST", wire.ROUTE).url
-
-
-def _timeout(seconds: float) -> httpx.Timeout:
-    return httpx.Timeout(seconds, connect=min(seconds, 10.0))
 
 
 @contextlib.contextmanager

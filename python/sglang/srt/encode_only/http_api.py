@@ -54,8 +54,13 @@ def install(app: FastAPI) -> None:
     own = routes[count:]
     del routes[count:]
     # In front of srt's own, which are compared with a path one after another; and a generating
-    # stream's error would follow a status of 200.
-    routes[:0] = [*own, *(Route(path, generate, methods=["POST", "PUT"]) for path in _GENERATING)]
+    # stream's error would follow a status of 200. FastAPI's route for POST documents what the first
+    # one serves, in whose place it would look for parameters.
+    routes[:0] = [
+        Route(wire.ROUTE, encode, methods=["POST"]),
+        *own,
+        *(Route(path, generate, methods=["POST", "PUT"]) for path in _GENERATING),
+    ]
 
 
 def shape_refusals(_: Any, app: FastAPI, **keys: str | None) -> None:

@@ -136,6 +136,8 @@ def token_ids(inputs: Iterable[EncodeInput]) -> list[int]:
 
 def positions(lengths: Sequence[int]) -> np.ndarray:
     """`[tokens]` int64, where in its input each token of a batch is."""
+    if len(lengths) == 1:
+        return np.arange(lengths[0])
     ends = np.cumsum(lengths)
     starts = np.repeat(ends - lengths, lengths)
     return np.arange(len(starts)) - starts

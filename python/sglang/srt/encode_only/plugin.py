@@ -72,7 +72,7 @@ def enter_scheduler(hf_config: Any) -> None:
 
     encode_only_mode()
     if not envs.SGLANG_EAGER_INPUT_NO_COPY.is_set():
-        # srt's copies are for graphs of its own; the inputs of ours are copied by encode_only.graphs.
+        # srt's copies are for graphs of its own; ours copy what they read.
         envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
     seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "scheduler")
     for backend in ("sdpa", "triton_backend"):

@@ -124,7 +124,7 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         process="scheduler",
         reason="The model needs to know which inputs a request holds and which layers each asks "
         "for, the attention where they end and which keys they have.",
-        upstream="a field `encode_segments` of ForwardBatch, filled from `batch.reqs`, and an early "
+        upstream="a field `encode_segments` of ForwardBatch, filled from `batch.reqs`; an early "
         "return in init_new",
     ),
     Seam(

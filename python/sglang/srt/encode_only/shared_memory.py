@@ -8,8 +8,8 @@ behind a tunnel, or that does not find the token there, answers as if nothing ha
 The file has no name: it is gone with the last process that has it open, however that ends.
 
 The HTTP answer says how large the body is. It comes from the server's other process, milliseconds
-after the scheduler has written the last byte, so that the scheduler also tells the caller itself, by
-a datagram. Whoever misses that has the HTTP answer.
+after the scheduler has written the last byte. So the scheduler also tells the caller itself, by a
+datagram; whoever misses that has the HTTP answer.
 """
 
 from __future__ import annotations

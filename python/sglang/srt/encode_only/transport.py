@@ -105,7 +105,7 @@ class Exchange:
         )
 
     def _in_memory(self, connection: http.client.HTTPConnection) -> int | None:
-        """Waits for an answer. Its size, if it is in memory; None once HTTP has something to say."""
+        """Waits for an answer: its size, if it is in memory; None once HTTP has something."""
         memory: Memory | None = self.request.extensions.get(MEMORY)
         if memory is None:
             return None
