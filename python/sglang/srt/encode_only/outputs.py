@@ -26,8 +26,9 @@ from sglang.srt.encode_only.wire import raw
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
-    from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.utils import EmbeddingBatchResult
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
@@ -185,18 +186,20 @@ class LayerCapture(States):
         return self.states[tuple_index(layer, self.num_layers)]
 
 
-def hand_over(self: SchedulerOutputStreamer, reqs: list[Req]) -> None:
-    """BEFORE `SchedulerOutputStreamer._stream_output_embedding`: writes into callers' memory.
+def hand_over(scheduler: Scheduler, batch: ScheduleBatch, result: EmbeddingBatchResult) -> None:
+    """BEFORE `Scheduler.process_batch_result`: writes into callers' memory.
 
     What is written no longer travels; an empty tensor stands for it.
     """
-    if self.send_to_detokenizer.socket is None:
+    flat = result.pooled_hidden_states
+    if flat is None or scheduler.output_streamer.send_to_detokenizer.socket is None:
         return
-    for req in reqs:
-        values = req.pooled_hidden_state
-        place = None if values is None else place_of(req.sampling_params.custom_params)
-        if place is not None and place.write(raw(values)):
-            req.pooled_hidden_state = values[:0]
+    if result.copy_done is not None:
+        result.copy_done.synchronize()
+    for i, req in enumerate(batch.reqs):
+        place = place_of(req.sampling_params.custom_params)
+        if place is not None and place.write(raw(flat[i])):
+            flat[i] = flat[i][:0]
 
 
 def unpack(

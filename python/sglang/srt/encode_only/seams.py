@@ -196,13 +196,13 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         upstream="`skip_tokenizer_init or is_embedding` where the scheduler makes its channels",
     ),
     Seam(
-        target="sglang.srt.managers.scheduler_components.output_streamer"
-        ":SchedulerOutputStreamer._stream_output_embedding",
+        target="sglang.srt.managers.scheduler:Scheduler.process_batch_result",
         kind="before",
         hook="sglang.srt.encode_only.outputs:hand_over",
-        parameters=("self", "reqs"),
+        parameters=("self", "batch", "result"),
         process="scheduler",
-        reason="Hidden states go straight into the memory of a caller on the same host.",
+        reason="Hidden states go straight into the memory of a caller on this host, who goes on "
+        "while the batch is accounted for.",
         upstream="the same call at the head of the method",
     ),
     *(

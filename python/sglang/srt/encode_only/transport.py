@@ -20,7 +20,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import httpx
 from sglang.srt.encode_only.shared_memory import Memory
@@ -32,9 +32,6 @@ MAX_THREADS = 64
 
 MEMORY = "memory"
 """The extension of a request that names the Memory which its body offers."""
-
-SETTLE_SECONDS = 5.0
-"""How long the rest of an HTTP answer may take that has begun and that nobody waits for."""
 
 
 class Buffer(httpx.SyncByteStream, httpx.AsyncByteStream):
@@ -59,7 +56,7 @@ class Exchange:
 
     def __init__(self, request: httpx.Request):
         self.request = request
-        self._connection: http.client.HTTPConnection | None = None
+        self._sock: socket.socket | None = None
         self._deadline: Deadline | None = None
         self._abandoned = False
 
@@ -68,50 +65,45 @@ class Exchange:
         self._deadline = Deadline(_timeout(self.request, "read"))
 
     def over(
-        self, connection: http.client.HTTPConnection, *, again: bool = False
+        self, sock: socket.socket, *, again: bool = False
     ) -> tuple[httpx.Response, Kept | None]:
         """The whole answer, and the connection where it may be used again.
 
         Args:
             again: whether the request has been sent before.
         """
-        self._connection = connection
+        self._sock = sock
         if self._abandoned:
             raise httpx.ReadError("The caller has left.")
-        with _as_httpx_errors(httpx.ReadTimeout, httpx.ReadError):
+        assert self._deadline is not None, "Not begun. This is a bug."
+        with _as_httpx_errors(httpx.ReadTimeout, httpx.ReadError), contextlib.ExitStack() as ends:
             try:
-                self._send(connection)
+                self._deadline.bound(sock)
+                sock.sendall(_head(self.request) + self.request.content)
                 # Of what was sent twice, one answer may be written when the other has been read.
-                size = None if again else self._in_memory(connection)
+                size = None if again else self._in_memory(sock)
                 if size is not None:
                     headers = {IN_MEMORY: str(size), "Content-Type": SAFETENSORS}
                     response = httpx.Response(200, headers=headers, stream=Buffer(bytearray()))
-                    return response, Kept(connection, owed=True)
-                answer = connection.getresponse()
+                    return response, Kept(sock, owed=True)
+                incoming = cast(socket.socket, Incoming(sock, self._deadline))
+                answer = http.client.HTTPResponse(incoming, method=self.request.method)
+                ends.callback(answer.close)
+                answer.begin()
             except ConnectionError as error:
                 raise Unanswered(f"the connection ended unanswered ({error})") from error
             body = _body_of(answer)
         response = httpx.Response(answer.status, headers=answer.getheaders(), stream=Buffer(body))
-        return response, None if answer.will_close else Kept(connection)
+        return response, None if answer.will_close else Kept(sock)
 
-    def _send(self, connection: http.client.HTTPConnection) -> None:
-        request, deadline = self.request, self._deadline
-        assert connection.sock is not None, "Not connected. This is a bug."
-        assert deadline is not None, "Not begun. This is a bug."
-        connection.response_class = functools.partial(_response, deadline)
-        deadline.bound(connection.sock)
-        connection.request(
-            request.method, request.url.raw_path.decode(), request.content, dict(request.headers)
-        )
-
-    def _in_memory(self, connection: http.client.HTTPConnection) -> int | None:
+    def _in_memory(self, sock: socket.socket) -> int | None:
         """Waits for an answer: its size, if it is in memory; None once HTTP has something."""
         memory: Memory | None = self.request.extensions.get(MEMORY)
         if memory is None:
             return None
         assert self._deadline is not None, "Not begun. This is a bug."
         poll = select.poll()
-        for each in (memory.bell, connection.sock):
+        for each in (memory.bell, sock):
             poll.register(each, select.POLLIN)
         while True:
             ready = {fd for fd, _ in poll.poll(self._deadline.milliseconds())}
@@ -124,9 +116,9 @@ class Exchange:
     def abandon(self) -> None:
         """Wakes the thread that waits for the answer; its wait then fails."""
         self._abandoned = True
-        if self._connection is not None and self._connection.sock is not None:
+        if self._sock is not None:
             with contextlib.suppress(OSError):
-                self._connection.sock.shutdown(socket.SHUT_RDWR)
+                self._sock.shutdown(socket.SHUT_RDWR)
 
 
 class Deadline:
@@ -180,12 +172,6 @@ class Incoming(io.RawIOBase):
         super().close()
 
 
-def _response(
-    deadline: Deadline, sock: socket.socket, *args: Any, **kwargs: Any
-) -> http.client.HTTPResponse:
-    return http.client.HTTPResponse(Incoming(sock, deadline), *args, **kwargs)
-
-
 class Kept(NamedTuple):
     """A connection for further requests.
 
@@ -193,16 +179,21 @@ class Kept(NamedTuple):
         owed: whether the HTTP answer to the last one is still to come.
     """
 
-    connection: http.client.HTTPConnection
+    sock: socket.socket
     owed: bool = False
 
-    def settled(self) -> Kept | None:
-        """The connection without what it was owed, which has begun to arrive."""
-        with _as_httpx_errors(httpx.ReadTimeout, httpx.ReadError):
-            self.connection.response_class = functools.partial(_response, Deadline(SETTLE_SECONDS))
-            answer = self.connection.getresponse()
-            _body_of(answer)
-        return None if answer.will_close else Kept(self.connection)
+    def is_settled(self) -> bool:
+        """Takes what it was owed and has come: whether that is a whole answer without a body."""
+        try:
+            answer = self.sock.recv(65536).lower()
+        except OSError:
+            return False
+        return (
+            answer.startswith(b"http/1.1 200 ")
+            and answer.find(b"\r\n\r\n") == len(answer) - 4
+            and b"\r\ncontent-length: 0\r\n" in answer
+            and b"\r\nconnection: close\r\n" not in answer
+        )
 
 
 class Transport(httpx.BaseTransport):
@@ -231,51 +222,44 @@ class Transport(httpx.BaseTransport):
 
     def close(self) -> None:
         while self._kept:
-            self._kept.pop().connection.close()
+            self._kept.pop().sock.close()
 
     def _carry_over(
-        self, connection: http.client.HTTPConnection, exchange: Exchange, *, again: bool = False
+        self, sock: socket.socket, exchange: Exchange, *, again: bool = False
     ) -> httpx.Response:
         kept = None
         try:
-            response, kept = exchange.over(connection, again=again)
+            response, kept = exchange.over(sock, again=again)
             return response
         finally:
             if kept is not None:
                 self._kept.append(kept)
             else:
-                connection.close()
+                sock.close()
 
-    def _take_kept(self) -> http.client.HTTPConnection | None:
-        owed: list[Kept] = []
+    def _take_kept(self) -> socket.socket | None:
+        unsettled: list[Kept] = []
         try:
             while True:
                 kept = self._kept.pop()
-                if not _readable(kept.connection):
+                if not _readable(kept.sock):
                     if not kept.owed:
-                        return kept.connection
-                    owed.append(kept)
-                    continue
-                settled = None
-                try:
-                    # Where nothing is awaited, what can be read is the connection's end.
-                    settled = kept.settled() if kept.owed else None
-                except httpx.TransportError:
-                    pass
-                finally:
-                    if settled is None:
-                        kept.connection.close()
-                    else:
-                        self._kept.append(settled)
+                        return kept.sock
+                    unsettled.append(kept)
+                # Where nothing is awaited, what can be read is the connection's end.
+                elif kept.owed and kept.is_settled():
+                    self._kept.append(Kept(kept.sock))
+                else:
+                    kept.sock.close()
         except IndexError:
             return None
         finally:
-            self._kept.extendleft(owed)
+            self._kept.extendleft(unsettled)
 
 
-def _readable(connection: http.client.HTTPConnection) -> bool:
+def _readable(sock: socket.socket) -> bool:
     poll = select.poll()
-    poll.register(connection.sock, select.POLLIN)
+    poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
 
 
@@ -302,17 +286,29 @@ class AsyncTransport(httpx.AsyncBaseTransport):
         self._transport.close()
 
 
-def _connect(request: httpx.Request) -> http.client.HTTPConnection:
-    host, port, timeout = request.url.host, request.url.port, _timeout(request, "connect")
+def _head(request: httpx.Request) -> bytes:
+    lines = [b"%s %s HTTP/1.1" % (request.method.encode(), request.url.raw_path)]
+    lines += [b"%s: %s" % header for header in request.headers.raw]
+    if any(b"\r" in line or b"\n" in line for line in lines):
+        raise ValueError("A header has a line break.")
+    return b"\r\n".join([*lines, b"", b""])
+
+
+def _connect(request: httpx.Request) -> socket.socket:
+    url = request.url
+    secure = url.scheme == "https"
     with _as_httpx_errors(httpx.ConnectTimeout, httpx.ConnectError):
-        if request.url.scheme == "https":
-            connection = http.client.HTTPSConnection(
-                host, port, timeout=timeout, context=_tls_context()
-            )
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=timeout)
-        connection.connect()
-    return connection
+        sock = socket.create_connection(
+            (url.host, url.port or (443 if secure else 80)), _timeout(request, "connect")
+        )
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if not secure:
+                return sock
+            return _tls_context().wrap_socket(sock, server_hostname=url.host)
+        except BaseException:
+            sock.close()
+            raise
 
 
 @functools.cache
