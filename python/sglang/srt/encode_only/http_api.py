@@ -130,10 +130,11 @@ async def _answer(body: bytearray, request: Request) -> Response:
             status=413,
         )
     offer = asked.memory
-    if offer and asked.encoding_format == "safetensors" and _is_here(request) and offer.is_open():
-        size = await service.run_into(offer, inputs, truncated, request)
-        headers = {wire.IN_MEMORY: str(size)}
-        return Response(b"", media_type=wire.SAFETENSORS, headers=headers)
+    if offer and asked.encoding_format == "safetensors" and _is_here(request):
+        written = await service.run_into(offer, inputs, truncated, request)
+        if written is not None:
+            headers = {wire.IN_MEMORY: str(written)}
+            return Response(b"", media_type=wire.SAFETENSORS, headers=headers)
     outputs = await service.run(inputs, truncated, request)
     content, media_type = wire.write_answer(outputs, info, asked.encoding_format)
     return Response(content, media_type=media_type)

@@ -47,6 +47,7 @@ class EncodeService:
 
     def __init__(self, tokenizer_manager: TokenizerManager):
         self._manager: Any = tokenizer_manager
+        self._info: tuple[int, EncoderInfo] | None = None
         self._tokenizer: Any = tokenizer_manager.tokenizer
         self._cutter: Any = None
         self._cutting = threading.Lock()
@@ -58,7 +59,10 @@ class EncodeService:
     @property
     def info(self) -> EncoderInfo:
         updates = getattr(self._manager, UPDATES, 0)
-        return info_of(self._manager.served_model_name, self._manager.model_config, updates)
+        if self._info is None or self._info[0] != updates:
+            model, config = self._manager.served_model_name, self._manager.model_config
+            self._info = updates, info_of(model, config, updates)
+        return self._info[1]
 
     def check_ready(self) -> None:
         """Raises RequestError (503) where a request would wait for nothing."""
@@ -142,27 +146,28 @@ class EncodeService:
         inputs: Sequence[EncodeInput],
         truncated: Sequence[bool],
         raw_request: fastapi.Request | None = None,
-    ) -> int:
+    ) -> int | None:
         """As `run`, with the safetensors body of the answer written into the caller's memory.
 
         Returns:
-            Its size in bytes.
+            Its size in bytes; None, and nothing is encoded, where that memory is out of reach.
 
         Raises:
-            RequestError: also where that memory is gone.
+            RequestError: also where that memory is gone in the end.
         """
         info = self.info
         parts = self._parts(inputs)
         head = wire.answer_head(inputs, truncated, info)
         ends = [*itertools.accumulate((_bytes(part, info) for part in parts), initial=len(head))]
-        written = packing.Place(offer, 0).write(memoryview(head))
+        if not packing.Place(offer, 0).write(memoryview(head)):
+            return None
         places = [packing.Place(offer, start, last=len(parts) == 1) for start in ends[:-1]]
         answers = await self._submit(parts, places, raw_request)
         for values, place in zip(answers, places, strict=True):
             # What the scheduler has written comes back empty; it may be where it cannot.
-            written = written and (not values.numel() or place.write(wire.raw(values)))
-        if not written:
-            raise RequestError("The memory that was offered for the answer is gone.", status=503)
+            if values.numel() and not place.write(wire.raw(values)):
+                said = "The memory that was offered for the answer is gone."
+                raise RequestError(said, status=503)
         return ends[-1]
 
     async def _submit(

@@ -83,14 +83,6 @@ class Offer(msgspec.Struct, frozen=True):
         finally:
             os.close(fd)
 
-    def is_open(self) -> bool:
-        """Whether this process can write there."""
-        try:
-            with self.opened():
-                return True
-        except (OSError, ValueError):
-            return False
-
     def write(self, values: memoryview, offset: int) -> None:
         """Writes at `offset` of the body.
 
