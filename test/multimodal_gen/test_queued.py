@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from relay import Relay
 from service import TIMEOUT, Service
+from sglang.multimodal_gen.runtime.pipelines_core.stages.model_specific_stages.longlive2 import (
+    LongLive2CausalDenoisingStage,
+)
+from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks
+from sglang.multimodal_gen.runtime.srt_encoder import queued
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.early import Early
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import InputRefused
 from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
+from sglang.multimodal_gen.runtime.utils.perf_logger import StageProfiler
 from sglang.srt.encode_only.local_server import LocalServer
 from sglang.srt.encode_only.request import EncodeInput
 
@@ -161,6 +170,27 @@ def test_two_ranks(two_ranks: Service, service: Service, flux_server: LocalServe
         assert two_ranks.relay.encodes == 4
     for picture, expected in zip(pictures, alone, strict=True):
         assert np.abs(picture - expected).max() <= 1
+
+
+def test_every_loop_that_times_its_steps_looks_at_the_queue(monkeypatch: pytest.MonkeyPatch):
+    """LongLive's, which is not DenoisingStage's, and no other stage's end."""
+    apply_plugin_hooks()
+    looks: list[str] = []
+    monkeypatch.setattr(queued, "_queue", SimpleNamespace(look=lambda: looks.append("look")))
+    batch: Any = SimpleNamespace(metrics=None, perf_dump_path=None)
+
+    def step() -> StageProfiler:
+        return LongLive2CausalDenoisingStage._denoise_step_profiler(batch, 0, len(looks))
+
+    for count in (1, 2):
+        with step():
+            assert len(looks) < count
+        assert len(looks) == count
+    with pytest.raises(ValueError, match="a step"), step():
+        raise ValueError("a step that fails")
+    with StageProfiler("TextEncodingStage", logger=logging.getLogger(), metrics=None):
+        pass
+    assert len(looks) == 2
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from sglang.multimodal_gen.runtime.srt_encoder.encoder import Key
 
 if TYPE_CHECKING:
     from sglang.multimodal_gen.runtime.managers.scheduler import Scheduler
-    from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
+    from sglang.multimodal_gen.runtime.utils.perf_logger import StageProfiler
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,12 @@ def take(original: Callable[[Scheduler], list[Any]], self: Scheduler) -> list[An
     return new
 
 
-def look(_result: object, self: DenoisingStage) -> None:
-    """AFTER `DenoisingStage.step_profile`, which ends a denoising step."""
-    if _queue is None:
+def look(_result: object, self: StageProfiler, exc_type: type | None, *_: object) -> None:
+    """AFTER `StageProfiler.__exit__`, where this is the end of a denoising step.
+
+    Loops of whatever stage time their steps so, and the runtime knows them by that name too.
+    """
+    if _queue is None or exc_type is not None or not self.stage_name.startswith("denoising_step_"):
         return
     try:
         _queue.look()

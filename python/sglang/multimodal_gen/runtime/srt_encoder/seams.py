@@ -146,11 +146,10 @@ DIFFUSION: tuple[Seam, ...] = (
         upstream="a deque in front of the waiting queue",
     ),
     Seam(
-        target="sglang.multimodal_gen.runtime.pipelines_core.stages.denoising"
-        ":DenoisingStage.step_profile",
+        target="sglang.multimodal_gen.runtime.utils.perf_logger:StageProfiler.__exit__",
         kind="after",
         hook="sglang.multimodal_gen.runtime.srt_encoder.queued:look",
-        parameters=("self",),
+        parameters=("self", "exc_type", "exc_val", "exc_tb"),
         process="diffusion",
         reason="Prompts that wait are encoded meanwhile, where the encoder is on a server.",
         upstream="a callback of the scheduler at the end of a denoising step",
