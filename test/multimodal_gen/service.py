@@ -23,9 +23,20 @@ TIMEOUT = 8
 
 
 class Service(Program):
-    """A FLUX.1 service; `relay` decides who encodes for it, unless `encoders` does."""
+    """A FLUX.1 service; `relay` decides who encodes for it, unless `encoders` does.
 
-    def __init__(self, flux: Path, folder: Path, encoders: Sequence[str] = (), **more: object):
+    Args:
+        launcher: the command that starts it, by default `sglang serve`.
+    """
+
+    def __init__(
+        self,
+        flux: Path,
+        folder: Path,
+        encoders: Sequence[str] = (),
+        launcher: Sequence[str] = (),
+        **more: object,
+    ):
         self.relay = Relay()
         free = ports("port")
         self.url = f"http://127.0.0.1:{free['port']}"
@@ -36,7 +47,8 @@ class Service(Program):
             **FLUX_FLOAT32,
             **more,
         }
-        command = [str(Path(sys.executable).with_name("sglang")), "serve", str(flux)]
+        launcher = launcher or [str(Path(sys.executable).with_name("sglang")), "serve"]
+        command = [*launcher, "--model-path", str(flux)]
         encoders = encoders or ["srt", f"text_encoder_2={self.relay.url}"]
         command += [*as_flags(flags), "--srt-encoders", *encoders]
         super().__init__(command, folder / "log.txt")

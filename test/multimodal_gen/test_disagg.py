@@ -196,6 +196,31 @@ def test_nothing_is_left_of_a_role(roles: Roles) -> None:
     assert not alive
 
 
+def test_a_pool_of_roles(flux: Path, native: list[Pictures], tmp_path: Path) -> None:
+    """Started by one program, which starts the server for its encoder role first."""
+    pool = Service(
+        flux,
+        tmp_path,
+        ["text_encoder=srt", "text_encoder_2=server"],
+        [sys.executable, str(Path(__file__).with_name("pool.py"))],
+        scheduler_port=free_ports_in_a_row(4),
+    )
+    try:
+        pool.wait_until_ready()
+        for case in ("one", "negative"):
+            assert np.abs(pool.picture(**CASES[case]) - image(native[1], f"{case}.0")).max() <= 1
+        said = pool.output()
+        assert said.count("Starting a server for text_encoder_2") == 1
+        assert said.count("SrtTextEncoder") == 2
+        started = psutil.Process(pool.process.pid).children(recursive=True)
+        pool.process.terminate()
+        pool.process.wait(timeout=60)
+        _, alive = psutil.wait_procs(started, timeout=60)
+        assert not alive
+    finally:
+        pool.end()
+
+
 def test_replicas_share_a_server(replicas: Runs, native: list[Pictures]) -> None:
     for made in replicas.pictures():
         assert difference(made, native[0]) <= 1
