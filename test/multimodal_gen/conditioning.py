@@ -84,3 +84,6 @@ if __name__ == "__main__":
     start()
     for run in json.loads(Path(sys.argv[1]).read_text()):
         encode(**run)
+    # A rank that just ends may abort, after all its work, over the threads that talk to others.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -76,6 +76,17 @@ def test_one_that_is_being_started_again_is_waited_for(relays, t5_folder, t5_ser
     assert output.prompt_tokens == 9
 
 
+def test_one_that_is_started_again_and_hangs(relays, t5_folder) -> None:
+    """The time for which it is waited is that of all tries, not of each."""
+    mine = Checkpoint.read(str(t5_folder))
+    ask = EncodeServers("text_encoder", [relays[0].url], mine, TIMEOUT, patience=TIMEOUT)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, prompt(1))
+        time.sleep(0.7 * TIMEOUT)
+        with relays[0].silent(), pytest.raises(EncoderError, match="timed out"):
+            asked.result(timeout=0.6 * TIMEOUT)
+
+
 CUT = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{"model":'
 """An answer whose end never comes."""
 

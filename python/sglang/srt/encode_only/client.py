@@ -108,10 +108,16 @@ class EncoderClient:
             )
         )
 
-    def encode_inputs(self, inputs: Sequence[EncodeInput]) -> list[EncodeOutput]:
-        """The same for tokenized inputs, of which each says what it wants; outputs in order."""
+    def encode_inputs(
+        self, inputs: Sequence[EncodeInput], *, timeout: float | None = None
+    ) -> list[EncodeOutput]:
+        """The same for tokenized inputs, of which each says what it wants; outputs in order.
+
+        Args:
+            timeout: seconds for an answer, in place of the client's.
+        """
         groups = _groups(inputs)
-        return _in_order(groups, [self._encode(request) for request, _ in groups])
+        return _in_order(groups, [self._encode(request, timeout) for request, _ in groups])
 
     def close(self) -> None:
         """Ends the connections. Answers stay valid."""
@@ -130,9 +136,11 @@ class EncoderClient:
     ) -> None:
         self.close()
 
-    def _encode(self, request: wire.EncodeRequest) -> list[EncodeOutput]:
+    def _encode(
+        self, request: wire.EncodeRequest, timeout: float | None = None
+    ) -> list[EncodeOutput]:
         with _lent(self._memories, request) as (body, memory):
-            answer = self._exchange("POST", body, memory=memory)
+            answer = self._exchange("POST", body, timeout=timeout, memory=memory)
         return _read_outputs(self.base_url, request, *answer, self._memories, memory)
 
     def _exchange(
@@ -196,10 +204,12 @@ class AsyncEncoderClient:
             )
         )
 
-    async def encode_inputs(self, inputs: Sequence[EncodeInput]) -> list[EncodeOutput]:
+    async def encode_inputs(
+        self, inputs: Sequence[EncodeInput], *, timeout: float | None = None
+    ) -> list[EncodeOutput]:
         """As `EncoderClient.encode_inputs`."""
         groups = _groups(inputs)
-        return _in_order(groups, [await self._encode(request) for request, _ in groups])
+        return _in_order(groups, [await self._encode(request, timeout) for request, _ in groups])
 
     async def close(self) -> None:
         """As `EncoderClient.close`."""
@@ -218,16 +228,23 @@ class AsyncEncoderClient:
     ) -> None:
         await self.close()
 
-    async def _encode(self, request: wire.EncodeRequest) -> list[EncodeOutput]:
+    async def _encode(
+        self, request: wire.EncodeRequest, timeout: float | None = None
+    ) -> list[EncodeOutput]:
         with _lent(self._memories, request) as (body, memory):
-            answer = await self._exchange("POST", body, memory=memory)
+            answer = await self._exchange("POST", body, timeout=timeout, memory=memory)
         return _read_outputs(self.base_url, request, *answer, self._memories, memory)
 
     async def _exchange(
-        self, method: str, body: bytes | None = None, *, memory: Memory | None = None
+        self,
+        method: str,
+        body: bytes | None = None,
+        *,
+        timeout: float | None = None,
+        memory: Memory | None = None,
     ) -> tuple[httpx.Response, bytes]:
         with _unavailable(self.base_url):
-            request = self._requests.make(method, body, memory=memory)
+            request = self._requests.make(method, body, timeout=timeout, memory=memory)
             response = await self._transport.handle_async_request(request)
             return response, await anext(response.aiter_raw(), b"")
 

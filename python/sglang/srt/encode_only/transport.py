@@ -29,6 +29,8 @@ from sglang.srt.encode_only.wire import IN_MEMORY, MAX_ANSWER_BYTES, SAFETENSORS
 MAX_THREADS = 64
 """Most requests that an AsyncTransport has under way; more wait for their turn."""
 
+MAX_POLL_MS = 2**31 - 1
+"""What poll takes."""
 
 MEMORY = "memory"
 """The extension of a request that names the Memory which its body offers."""
@@ -132,9 +134,9 @@ class Deadline:
         sock.settimeout(self._left())
 
     def milliseconds(self) -> int | None:
-        """How long to poll, at least 1; TimeoutError where the time is over."""
+        """How long to poll at most, at least 1; TimeoutError where the time is over."""
         left = self._left()
-        return None if left is None else max(1, int(left * 1e3))
+        return None if left is None else int(min(max(1, left * 1e3), MAX_POLL_MS))
 
     def _left(self) -> float | None:
         if self._end is None:

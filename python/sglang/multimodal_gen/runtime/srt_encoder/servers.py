@@ -116,22 +116,27 @@ class EncodeServers:
             EncoderError: no server answers, or one refuses, or one serves another model.
         """
         deadline = time.monotonic() + self._patience
+        timeout = self._timeout
         while True:
-            outputs, down = self._ask_each(inputs)
+            outputs, down = self._ask_each(inputs, timeout)
             if outputs is not None:
                 return outputs
-            if time.monotonic() >= deadline:
+            left = deadline - time.monotonic() - RETRY
+            if left <= 0:
                 raise self._error(" ".join(down))
             time.sleep(RETRY)
+            timeout = min(self._timeout, left)
 
-    def _ask_each(self, inputs: list[EncodeInput]) -> tuple[list[EncodeOutput] | None, list[str]]:
+    def _ask_each(
+        self, inputs: list[EncodeInput], timeout: float
+    ) -> tuple[list[EncodeOutput] | None, list[str]]:
         """The answer of the first server that gives one, and why others gave none."""
         down: list[str] = []
         for server in self._in_order(inputs):
             client = server.client
             try:
                 with self._call(server):
-                    outputs = client.encode_inputs(inputs)
+                    outputs = client.encode_inputs(inputs, timeout=timeout)
                     for output in outputs:
                         self._check(client, output.encoder)
                     self._check_widths(client, outputs)
