@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import random
 import socket
@@ -165,6 +166,32 @@ def test_who_else_rings_is_not_believed():
     memory.close()
     offer.ring(1)
     msgspec.structs.replace(offer, bell="x" * 200).ring(1)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"answer": -1},
+        {"answer": 2**64},
+        {"answer": 10**30},
+        {"bell": "x" * 10**5},
+        {"bell": "\0\0"},
+        {"bell": "\ud800"},
+        {"bell": 5},
+    ],
+    ids=lambda odd: repr(odd)[:24],
+)
+def test_odd_offers_end_nobody(t5_server, odd):
+    memory = Memory()
+    body = json.dumps({"input": [[3, 4]], "memory": msgspec.to_builtins(memory.offer) | odd})
+    answer = httpx.post(
+        t5_server.url + wire.ROUTE, content=body, headers={"Content-Type": wire.JSON}, timeout=60
+    )
+    assert answer.status_code in (200, 400)
+    if answer.status_code == 400:
+        assert "memory" in answer.json()["error"]["message"] or "JSON" in answer.text
+    with EncoderClient(t5_server.url) as client:
+        assert client.encode([3, 4])[0].prompt_tokens == 2
 
 
 def test_of_a_request_sent_twice_http_has_the_answer(t5_server):

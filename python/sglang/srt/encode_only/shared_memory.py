@@ -25,6 +25,7 @@ import socket
 import struct
 import weakref
 from collections.abc import Iterator
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -54,14 +55,14 @@ class Offer(msgspec.Struct, frozen=True):
         fd: its descriptor of the file.
         token: with which the file begins, 32 hexadecimal digits.
         bell: whose socket is told that the answer is there, a name in this host's network.
-        answer: the how-manieth this is.
+        answer: the how-manieth this is, 64 bits.
     """
 
     pid: int
     fd: int
     token: str
     bell: str = ""
-    answer: int = 0
+    answer: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
@@ -97,7 +98,8 @@ class Offer(msgspec.Struct, frozen=True):
 
     def ring(self, size: int) -> None:
         """Tells the caller that the body is there, all its `size` bytes; it may be gone."""
-        with contextlib.suppress(OSError):
+        # ValueError: the caller's name for it is none.
+        with contextlib.suppress(OSError, ValueError):
             message = _RING.pack(self.token.encode(), self.answer, size)
             _ringer().sendto(message, _BELL + self.bell)
 
