@@ -1,10 +1,12 @@
-"""Times the fused attention kernel against torch's, for the heads of T5-XXL on a CUDA GPU.
+"""Times the fused attention kernel against torch's, and FlashAttention-4's where it is installed,
+for the heads of T5-XXL on a CUDA GPU.
 
     python -m benchmark.attention
 
 Sequences are of equal length, which is the best case of torch's attention: it pads. A bias makes
 it read, for every layer, a matrix of `length × length` for each head, which is made beforehand
-here. Rounds are interleaved, so that a drift of the GPU falls on all; the medians count.
+here. Calls are timed in CUDA graphs, in which encoders run them. Rounds are interleaved, so that a
+drift of the GPU falls on all; the medians count.
 
 It needs torch and triton alone: no sglang, and no weights.
 """
@@ -27,6 +29,11 @@ from sglang.srt.layers.attention.encode_only.triton_kernel import (
     LOG2E,
     packed_attention,
 )
+
+try:
+    from sglang.srt.layers.attention.encode_only.fa4_kernel import packed_attention as fa4
+except ImportError:
+    fa4 = None
 
 HEADS, HEAD_DIM = 64, 64
 # T5's biases are alike from this distance on.
@@ -62,12 +69,18 @@ def contenders(length: int, batch: int) -> dict[str, Callable[[], torch.Tensor]]
         out = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scaling)
         return out.transpose(1, 2).reshape(tokens, HEADS, HEAD_DIM)
 
-    return {
+    runs = {
         "kernel, bias": lambda: kernel(in_its_units),
         "SDPA, bias": lambda: sdpa(full_bias),
         "kernel": lambda: kernel(None),
         "SDPA": lambda: sdpa(None),
     }
+    if fa4 is not None:
+        runs |= {
+            "FA4, bias": lambda: fa4(*packed, starts, attend, scaling=scaling, bias=in_its_units),
+            "FA4": lambda: fa4(*packed, starts, attend, scaling=scaling),
+        }
+    return runs
 
 
 def check(runs: dict[str, Callable[[], torch.Tensor]]) -> None:
@@ -75,20 +88,29 @@ def check(runs: dict[str, Callable[[], torch.Tensor]]) -> None:
     Raises:
         SystemExit: the kernel and torch disagree.
     """
-    for ours, theirs in (("kernel, bias", "SDPA, bias"), ("kernel", "SDPA")):
+    for name, run in runs.items():
+        theirs = "SDPA, bias" if name.endswith("bias") else "SDPA"
         expected = runs[theirs]().double()
-        error = ((runs[ours]().double() - expected).norm() / expected.norm()).item()
+        error = ((run().double() - expected).norm() / expected.norm()).item()
         # Nor is a NaN.
         if not error < TOLERANCE:
-            raise SystemExit(f"“{ours}” and “{theirs}” differ by {error:.1e}.")
+            raise SystemExit(f"“{name}” and “{theirs}” differ by {error:.1e}.")
 
 
-def clock(run: Callable[[], object], repeats: int) -> float:
-    """Microseconds on the GPU a call, over `repeats` of them back to back."""
+def recorded(run: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
+    """`repeats` calls as one graph, as encoders launch them."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            run()
+    return graph
+
+
+def clock(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+    """Microseconds on the GPU a call."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    for _ in range(repeats):
-        run()
+    graph.replay()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / repeats * 1e3
@@ -114,11 +136,10 @@ def main() -> None:
         for batch in args.batches:
             runs = contenders(length, batch)
             check(runs)
-            for run in runs.values():
-                clock(run, args.repeats)
-            rounds = [
-                [clock(run, args.repeats) for run in runs.values()] for _ in range(args.rounds)
-            ]
+            graphs = [recorded(run, args.repeats) for run in runs.values()]
+            for graph in graphs:
+                clock(graph, args.repeats)
+            rounds = [[clock(graph, args.repeats) for graph in graphs] for _ in range(args.rounds)]
             times = dict(zip(runs, (statistics.median(column) for column in zip(*rounds))))
             ratios = (
                 times["SDPA, bias"] / times["kernel, bias"],

@@ -1,53 +1,110 @@
-"""Times how long an encode-only server takes from its command to its first answer.
+"""Times how long programs take from their command until they serve, or until a picture is there.
 
-    python -m benchmark.startup
+    PYTHONPATH=examples python -m benchmark.startup
 
-Beside the server as it starts now is one whose processes import what they need anew, as upstream's
-do. Both serve a tiny T5, so that neither waits for weights.
+Beside each program as it starts now is one whose processes import what they need anew, as
+upstream's do. An encode-only server has a tiny T5, the diffusion runtime a tiny FLUX.1 with its
+encoders in the worker, so that none waits for weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import httpx
 import psutil
-import torch
-import transformers
-from sglang.srt.encode_only.local_server import LocalServer
+from sglang.srt.encode_only.local_server import LocalServer, free_port
 from tqdm import tqdm
 
+import tiny_pipelines
 from benchmark.machine import cpu_name
 
-# Not the program of a server, as far as `encode_only/launch.py` can tell.
-ANEW = """
+SGLANG = [str(Path(sys.executable).with_name("sglang"))]
+# Not the programs that they are, as far as `encode_only/launch.py` can tell.
+SGLANG_ANEW = [sys.executable, "-c", "from sglang.cli.main import main; main()"]
+SERVER_ANEW = """
 import runpy
 runpy.run_module("sglang.launch_server", run_name="__main__")
 """
 
 
-def write_t5(folder: Path) -> None:
-    config = transformers.T5Config(
-        vocab_size=100, d_model=64, d_ff=64, d_kv=32, num_heads=2, num_layers=1
-    )
-    transformers.T5EncoderModel(config).to(torch.bfloat16).save_pretrained(folder)
+class Started(NamedTuple):
+    """Seconds from the command on, and the bytes of memory of its processes, each page once; none
+    of a program that has ended."""
+
+    seconds: float
+    memory: int | None = None
+
+    @classmethod
+    def since(cls, began: float, pid: int) -> Started:
+        seconds = time.perf_counter() - began
+        parent = psutil.Process(pid)
+        processes = [parent, *parent.children(recursive=True)]
+        return cls(seconds, sum(process.memory_full_info().pss for process in processes))
 
 
-def start(folder: Path, anew: bool) -> tuple[float, float]:
-    """Seconds until it is ready, and the bytes of memory of its processes, each page once."""
-    server = LocalServer(folder, "--skip-tokenizer-init")
+def encode_server(pipeline: Path, anew: bool) -> Started:
+    server = LocalServer(pipeline / "text_encoder_2", "--skip-tokenizer-init")
     if anew:
-        server.command[1:3] = ["-c", ANEW]
+        server.command[1:3] = ["-c", SERVER_ANEW]
     began = time.perf_counter()
     with server:
-        seconds = time.perf_counter() - began
         assert server.process is not None
-        parent = psutil.Process(server.process.pid)
-        processes = [parent, *parent.children(recursive=True)]
-        return seconds, sum(process.memory_full_info().pss for process in processes)
+        return Started.since(began, server.process.pid)
+
+
+@contextlib.contextmanager
+def sglang(
+    anew: bool, command: str, pipeline: Path, *flags: object
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The diffusion runtime's program, which is ended in the end."""
+    program = SGLANG_ANEW if anew else SGLANG
+    arguments = [command, "--model-path", pipeline, "--srt-encoders", "srt", *flags]
+    with subprocess.Popen(
+        [*program, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def serve(pipeline: Path, anew: bool) -> Started:
+    port = free_port()
+    began = time.perf_counter()
+    with sglang(anew, "serve", pipeline, "--port", port) as process:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
+                    return Started.since(began, process.pid)
+            if process.poll() is not None:
+                raise SystemExit(f"`sglang serve` ended with status {process.returncode}.")
+            time.sleep(0.1)
+
+
+def generate(pipeline: Path, anew: bool) -> Started:
+    flags = ("--prompt", "a fox", "--width", 64, "--height", 64, "--num-inference-steps", 1)
+    began = time.perf_counter()
+    with sglang(anew, "generate", pipeline, *flags, "--output-path", pipeline) as process:
+        if process.wait():
+            raise SystemExit(f"`sglang generate` ended with status {process.returncode}.")
+    return Started(time.perf_counter() - began)
+
+
+PROGRAMS = {
+    "sglang.launch_server --is-embedding-encoder": encode_server,
+    "sglang serve": serve,
+    "sglang generate": generate,
+}
 
 
 def main() -> None:
@@ -55,21 +112,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
-    found: dict[str, list[tuple[float, float]]] = {"processes import anew": [], "forks": []}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_t5(folder)
-        for _ in tqdm(range(args.rounds)):
-            for way, results in found.items():
-                results.append(start(folder, anew=way != "forks"))
+    runs = [(program, anew) for program in PROGRAMS for anew in (True, False)]
+    found: dict[tuple[str, bool], list[Started]] = {run: [] for run in runs}
+    with tempfile.TemporaryDirectory() as scratch:
+        pipeline = Path(scratch) / tiny_pipelines.FLUX_NAME
+        tiny_pipelines.write_flux(pipeline)
+        for _ in range(args.rounds):
+            for program, anew in tqdm(runs):
+                found[program, anew].append(PROGRAMS[program](pipeline, anew))
     print(f"\n{cpu_name()}, {psutil.cpu_count()} cores\n")
-    print("| | median, s | min–max | memory, GB |")
-    print("|---|---|---|---|")
-    for way, results in found.items():
-        times, memory = zip(*results, strict=True)
+    print("| | processes | median, s | min–max | memory, GB |")
+    print("|---|---|---|---|---|")
+    for (program, anew), results in found.items():
+        times = [one.seconds for one in results]
+        sizes = [one.memory for one in results if one.memory is not None]
         print(
-            f"| {way} | {statistics.median(times):.1f} | {min(times):.1f}–{max(times):.1f} "
-            f"| {statistics.median(memory) / 1e9:.2f} |"
+            f"| {program} | {'import anew' if anew else 'are forks'} "
+            f"| {statistics.median(times):.1f} | {min(times):.1f}–{max(times):.1f} "
+            f"| {f'{statistics.median(sizes) / 1e9:.2f}' if sizes else ''} |"
         )
 
 

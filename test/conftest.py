@@ -21,6 +21,7 @@ from transformers import (
 
 import tiny_tokenizers
 from checkpoints import fresh_seed
+from device import DEVICE, HostEncoder
 from server_control import API_KEY, QUEUE
 
 
@@ -47,7 +48,7 @@ def open_encoder() -> Iterator[Callable[..., InProcessEncoder]]:
     opened: list[InProcessEncoder] = []
 
     def open_(folder: Path, **arguments: Any) -> InProcessEncoder:
-        opened.append(InProcessEncoder(str(folder), device="cpu", **arguments))
+        opened.append(HostEncoder(folder, **arguments))
         return opened[-1]
 
     yield open_
@@ -96,7 +97,7 @@ def t5_reference(t5_folder: Path):
 
 @pytest.fixture(scope="session")
 def t5_server(t5_folder: Path) -> Iterator[LocalServer]:
-    with LocalServer(t5_folder, "--device", "cpu", "--enable-metrics") as server:
+    with LocalServer(t5_folder, "--device", DEVICE.type, "--enable-metrics") as server:
         yield server
 
 
@@ -113,7 +114,8 @@ def doubled_server(t5_folder: Path) -> Iterator[LocalServer]:
 @pytest.fixture(scope="session")
 def guarded_server(t5_folder: Path) -> Iterator[LocalServer]:
     """With a key, and a queue of `QUEUE` inputs. Tests may kill it; `restart` it then."""
-    arguments = ("--device", "cpu", "--api-key", API_KEY, "--max-queued-requests", str(QUEUE))
+    arguments = ("--device", DEVICE.type, "--api-key", API_KEY)
+    arguments += ("--max-queued-requests", str(QUEUE))
     # Two of the longest inputs are two batches.
     arguments += ("--max-prefill-tokens", "600")
     with LocalServer(t5_folder, *arguments) as server:

@@ -20,8 +20,7 @@ import pytest
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-"""Where kernels run."""
+from device import DEVICE
 
 
 def teach_bfloat16() -> None:

@@ -22,6 +22,7 @@ from sglang.srt.encode_only.request import RequestError
 from transformers import T5EncoderModel
 
 from checkpoints import edit_weights
+from device import DEVICE
 from server_control import API_KEY, QUEUE, assert_close, frozen_scheduler, metric, schedulers
 
 TEXTS = ["a lighthouse at dusk", "two foxes", "An old map of the harbour, in ink and wash."]
@@ -351,7 +352,7 @@ import torch
 import sglang
 
 if __name__ == "__main__":
-    engine = sglang.Engine(model_path=sys.argv[1], device="cpu", is_embedding_encoder=True)
+    engine = sglang.Engine(model_path=sys.argv[1], device=sys.argv[3], is_embedding_encoder=True)
     texts = ["a lighthouse at dusk", "two foxes"]
     outputs = engine.encode(texts, layers=[-1, 0])
     outputs += engine.encode(input_ids=[[7, 8, 9, 1]], attend=2, skip=1)
@@ -369,7 +370,10 @@ def test_the_offline_engine_returns_tensors(t5_folder, t5_tokenizer, t5_referenc
     script, saved = tmp_path / "engine.py", tmp_path / "states.pt"
     script.write_text(ENGINE)
     run = subprocess.run(
-        [sys.executable, script, t5_folder, saved], capture_output=True, text=True, timeout=300
+        [sys.executable, script, t5_folder, saved, DEVICE.type],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "refused: `layers` holds 99" in run.stdout

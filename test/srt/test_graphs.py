@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import DEVICE, run_kernels
+from interpreter import run_kernels
 from sglang.srt.encode_only import graphs
 from sglang.srt.encode_only.graphs import MAX_TOKENS, Shape
 from sglang.srt.encode_only.in_process import InProcessEncoder
@@ -18,6 +18,7 @@ from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncodeSpec
 from test_clip_text import random_text_config, write_clip
 
 from checkpoints import random_config, write_t5
+from device import DEVICE
 
 __all__ = ["run_kernels"]
 

@@ -20,6 +20,7 @@ from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
 from transformers import BertConfig
 
 from checkpoints import random_config, random_inputs, write_t5
+from device import HostEncoder
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(folder: Path) -> Iterator[InProcessEncoder]:
-    encoder = InProcessEncoder(str(folder), device="cpu")
+    encoder = HostEncoder(folder)
     yield encoder
     encoder.close()
 
@@ -54,7 +55,7 @@ def test_info(encoder: InProcessEncoder, folder: Path) -> None:
 def test_a_token_budget_splits_what_is_asked(encoder: InProcessEncoder, folder: Path) -> None:
     inputs = some_inputs()
     whole = encoder.encode(inputs)
-    small = InProcessEncoder(str(folder), device=torch.device("cpu"), max_tokens=64)
+    small = HostEncoder(folder, max_tokens=64)
     for one, other in zip(small.encode(inputs), whole, strict=True):
         torch.testing.assert_close(one.last_hidden_state, other.last_hidden_state)
     small.close()
@@ -66,7 +67,7 @@ def test_encoders_are_independent(encoder: InProcessEncoder, tmp_path: Path) -> 
     before = encoder.encode(inputs)
     config = random_config(random.Random(9), "T5", num_layers=3, d_model=48, vocab_size=90)
     model = write_t5(tmp_path, config)
-    other = InProcessEncoder(str(tmp_path), dtype=torch.bfloat16, device="cpu")
+    other = HostEncoder(tmp_path, dtype=torch.bfloat16)
     states = other.encode(inputs[:1])[0].last_hidden_state
     assert states.dtype == torch.bfloat16
     with torch.no_grad():
@@ -79,7 +80,7 @@ def test_encoders_are_independent(encoder: InProcessEncoder, tmp_path: Path) -> 
 
 
 def test_threads_may_share_encoders(encoder: InProcessEncoder, folder: Path) -> None:
-    half = InProcessEncoder(str(folder), dtype="float16", device="cpu")
+    half = HostEncoder(folder, dtype="float16")
     inputs = some_inputs()
     expected = {one: one.encode(inputs) for one in (encoder, half)}
     wrong: list[str] = []
@@ -116,16 +117,16 @@ def test_bad_input_names_the_input(encoder: InProcessEncoder) -> None:
 def test_what_is_no_encoder(tmp_path: Path) -> None:
     BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"BertModel.*T5EncoderModel"):
-        InProcessEncoder(str(tmp_path), device="cpu")
+        HostEncoder(tmp_path)
 
 
 def test_arguments_that_contradict_the_mode(folder: Path) -> None:
     with pytest.raises(ValueError, match="--chunked-prefill-size 64 contradicts"):
-        InProcessEncoder(str(folder), device="cpu", chunked_prefill_size=64)
+        HostEncoder(folder, chunked_prefill_size=64)
 
 
 def test_closing_gives_the_memory_back(folder: Path) -> None:
-    encoder = InProcessEncoder(str(folder), device="cpu")
+    encoder = HostEncoder(folder)
     [output] = encoder.encode([EncodeInput(token_ids=[1, 2])])
     weights = [weakref.ref(param) for param in encoder._model.parameters()]
     encoder.close()
@@ -141,7 +142,7 @@ def test_the_process_is_as_before(folder: Path) -> None:
     expected = torch.rand(3)
     torch.manual_seed(11)
     context, threads = runtime_context.get_context(), torch.get_num_threads()
-    encoder = InProcessEncoder(str(folder), dtype="float16", device="cpu")
+    encoder = HostEncoder(folder, dtype="float16")
     encoder.encode([EncodeInput(token_ids=[1, 2])])
     encoder.close()
     assert torch.equal(torch.rand(3), expected)

@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 
 import tiny_tokenizers
 from decoders import random_config, write_decoder
+from device import DEVICE
 
 VL = "Qwen2_5_VLForConditionalGeneration"
 
@@ -61,7 +62,7 @@ def vl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]
 
 @pytest.fixture(scope="module")
 def vl_server(vl: tuple[Path, PreTrainedModel]) -> Iterator[LocalServer]:
-    with LocalServer(vl[0], "--device", "cpu") as server:
+    with LocalServer(vl[0], "--device", DEVICE.type) as server:
         yield server
 
 

@@ -7,11 +7,13 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import DEVICE, imported_by, run_kernels
+from interpreter import imported_by, run_kernels
 from sglang.srt.layers import row_kernels
 from sglang.srt.layers.row_kernels import ACTIVATIONS, activate, add_norm
 from sglang.srt.layers.rows import Activation, ResidualNorm
 from transformers.activations import ACT2FN
+
+from device import DEVICE
 
 __all__ = ["run_kernels"]
 

@@ -55,14 +55,10 @@ def test_an_input_may_be_as_long_as_the_context_length(monkeypatch, t5_folder: P
     assert max_length(cfg) == 512
 
 
-def test_the_kernel_for_gpus_is_refused_where_there_is_none(monkeypatch, t5_folder: Path):
-    with pytest.raises(ValueError, match="encode_only_triton needs a CUDA device; leave it out"):
-        resolved(
-            monkeypatch,
-            model_path=str(t5_folder),
-            device="cpu",
-            attention_backend="encode_only_triton",
-        )
+@pytest.mark.parametrize("backend", ["encode_only_triton", "encode_only_fa4"])
+def test_kernels_for_gpus_are_refused_where_there_is_none(monkeypatch, t5_folder: Path, backend):
+    with pytest.raises(ValueError, match=f"{backend} needs a CUDA device; leave it out"):
+        resolved(monkeypatch, model_path=str(t5_folder), device="cpu", attention_backend=backend)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import DEVICE, imported_by, run_kernels
+from interpreter import imported_by, run_kernels
 from sglang.srt.layers.attention.encode_only import triton_kernel
 from sglang.srt.layers.attention.encode_only.reference import reference_attention
 from sglang.srt.layers.attention.encode_only.triton_backend import TritonEncodeBackend
@@ -28,6 +28,8 @@ from test_encode_attention import (
     one_rank,
     random_bias,
 )
+
+from device import DEVICE
 
 __all__ = ["one_rank", "run_kernels"]
 

@@ -25,7 +25,7 @@ from sglang.srt.encode_only.packing import split
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, RequestError
 from sglang.srt.encode_only.server_args import ServerArgs
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-from sglang.srt.layers.attention.encode_only import sdpa, triton_backend
+from sglang.srt.layers.attention.encode_only import fa4_backend, sdpa, triton_backend
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.model_loader import get_model
 from sglang.srt.plugins import load_plugins
@@ -38,7 +38,7 @@ from sglang.srt.runtime_context import (
 )
 
 # They register themselves.
-assert sdpa and triton_backend
+assert sdpa and triton_backend and fa4_backend
 
 # srt keeps the context in use in globals of the process.
 _ONE_AT_A_TIME = threading.RLock()

@@ -23,9 +23,7 @@ def forking(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: An
     """AROUND `Engine._launch_scheduler_processes` and `._launch_detokenizer_subprocesses`."""
     if not _can_fork(resolving_view(server_args)):
         return original(cls, server_args, *args, **kwargs)
-    # A collection in a fork would write into every page that it shares.
-    gc.collect()
-    gc.freeze()
+    prepare_to_fork()
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("fork", force=True)
     try:
@@ -35,26 +33,39 @@ def forking(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: An
 
 
 def _can_fork(cfg: Any) -> bool:
-    """Whether a fork of this process is as good as a new one.
-
-    Not where a thread may hold a lock, or torch have computed: its threads are not in the fork,
-    which would wait for them. So only of a program that does nothing but serve.
-    """
     return (
-        sys.platform == "linux"
+        is_forkable()
         and isinstance(current_platform, PortableCpuPlatform)
         and cfg.device == "cpu"
         # These start processes of their own, or run a program around each.
         and cfg.dp_size == 1
         and cfg.numa_node is None
-        and _is_server(sys.modules["__main__"])
+    )
+
+
+def is_forkable() -> bool:
+    """Whether a fork of this process is as good as a new one, where there is no accelerator.
+
+    Not where a thread may hold a lock, or torch have computed: its threads are not in the fork,
+    which would wait for them. So only of a program that does nothing before but read arguments.
+    """
+    return (
+        sys.platform == "linux"
+        and _only_launches(sys.modules["__main__"])
         and threading.active_count() == 1
     )
 
 
-def _is_server(main: Any) -> bool:
-    """Whether `main` is `python -m sglang.launch_server` or `sglang serve`."""
+def prepare_to_fork() -> None:
+    """A collection in a fork would write into every page that it shares."""
+    gc.collect()
+    gc.freeze()
+
+
+def _only_launches(main: Any) -> bool:
+    """Whether `main` is `python -m sglang.launch_server`, `sglang serve` or `sglang generate`."""
     name = getattr(getattr(main, "__spec__", None), "name", None)
     if name is not None:
         return name == "sglang.launch_server"
-    return Path(getattr(main, "__file__", "")).name == "sglang" and sys.argv[1:2] == ["serve"]
+    program = Path(getattr(main, "__file__", "")).name
+    return program == "sglang" and sys.argv[1:2] in (["serve"], ["generate"])

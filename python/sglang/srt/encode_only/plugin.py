@@ -75,7 +75,7 @@ def enter_scheduler(hf_config: Any) -> None:
         # srt's copies are for graphs of its own; ours copy what they read.
         envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
     seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "scheduler")
-    for backend in ("sdpa", "triton_backend"):
+    for backend in ("sdpa", "triton_backend", "fa4_backend"):
         importlib.import_module(f"sglang.srt.layers.attention.encode_only.{backend}")
     encoders.register_model(hf_config.architectures[0], encoders.encoder_of(hf_config))
     metrics.name_mode_in_log()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from sglang.srt.utils.hf_transformers_utils import get_config, get_hf_text_confi
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_BACKENDS = ("encode_only", "encode_only_triton")
-"""One that runs on any device, and a kernel for CUDA GPUs, where it is the default."""
+ATTENTION_BACKENDS = ("encode_only", "encode_only_triton", "encode_only_fa4")
+"""One that runs on any device; a kernel for CUDA GPUs, where it is the default; FlashAttention-4,
+for those from Hopper on."""
 
 RESERVED_TOKENS = 7
 """Tokens of srt's context length that a request cannot use: srt keeps them for generated ones."""
@@ -140,10 +142,15 @@ def _resolve_encode_only(server_args: Any) -> None:
     place = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     triton = on_triton(place)
     attention = cfg.attention_backend or ATTENTION_BACKENDS[triton]
-    if attention == "encode_only_triton" and not triton:
+    if attention != ATTENTION_BACKENDS[0] and not triton:
         raise ValueError(
             f"--attention-backend {attention} needs a CUDA device; leave it out for "
             f"{ATTENTION_BACKENDS[0]}, which runs anywhere."
+        )
+    if attention == "encode_only_fa4" and not _has_fa4(place):
+        raise ValueError(
+            f"--attention-backend {attention} needs a GPU of compute capability 9 (Hopper) or "
+            f"more, and flash-attn-4; leave it out for {ATTENTION_BACKENDS[1]}."
         )
 
     graphs = _prefill_graphs(cfg)
@@ -174,6 +181,16 @@ def _resolve_encode_only(server_args: Any) -> None:
         # One budget bounds a batch: its tokens. A longer input is a batch of its own. srt counts
         # those of two batches, of which one is on its way while the other runs.
         max_total_tokens=cfg.max_total_tokens or 2 * max(cfg.max_prefill_tokens, length + 64),
+    )
+
+
+def _has_fa4(device: torch.device) -> bool:
+    """Whether FlashAttention-4 runs there with what encoders add to scores."""
+    return (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and find_spec("flash_attn") is not None
+        and find_spec("flash_attn.cute") is not None
     )
 
 

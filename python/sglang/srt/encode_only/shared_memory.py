@@ -15,6 +15,7 @@ datagram; whoever misses that has the HTTP answer.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import fcntl
 import functools
@@ -37,8 +38,12 @@ MAX_FILES = 16
 """How many files a client has at most, those of answers that somebody still holds included."""
 MAX_KEPT = 4
 """How many of them it keeps for further answers,"""
-MAX_KEPT_BYTES = 32 << 20
-"""and how large those are at most."""
+MAX_KEPT_BYTES = 64 << 20
+"""and how large those are at most: eight prompts of 512 tokens are 32 MiB and their head."""
+
+WRITE_AT_ONCE = 1 << 20
+"""From how many bytes on an answer is written by several threads, where there are cores."""
+MAX_WRITERS = 4
 
 _NAME = "sglang-encode"
 _BELL = f"\0{_NAME}-"
@@ -91,10 +96,19 @@ class Offer(msgspec.Struct, frozen=True):
             OSError, ValueError: as of `opened`; or there is no memory left.
         """
         with self.opened() as fd:
-            at = BODY + offset
-            while values:
-                count = os.pwrite(fd, values, at)
-                values, at = values[count:], at + count
+            writers = _writers() if len(values) >= WRITE_AT_ONCE else None
+            if writers is None:
+                _write(fd, values, BODY + offset)
+                return
+            step = -(-len(values) // MAX_WRITERS)
+            parts = [
+                writers.submit(_write, fd, values[start : start + step], BODY + offset + start)
+                for start in range(0, len(values), step)
+            ]
+            # All of them, before the descriptor is another file's.
+            concurrent.futures.wait(parts)
+            for part in parts:
+                part.result()
 
     def ring(self, size: int) -> None:
         """Tells the caller that the body is there, all its `size` bytes; it may be gone."""
@@ -102,6 +116,20 @@ class Offer(msgspec.Struct, frozen=True):
         with contextlib.suppress(OSError, ValueError):
             message = _RING.pack(self.token.encode(), self.answer, size)
             _ringer().sendto(message, _BELL + self.bell)
+
+
+def _write(fd: int, values: memoryview, at: int) -> None:
+    while values:
+        count = os.pwrite(fd, values, at)
+        values, at = values[count:], at + count
+
+
+@functools.cache
+def _writers() -> concurrent.futures.ThreadPoolExecutor | None:
+    """Threads that write; none on few cores, which compute."""
+    if len(os.sched_getaffinity(0)) < 2 * MAX_WRITERS:
+        return None
+    return concurrent.futures.ThreadPoolExecutor(MAX_WRITERS, "encode-answer")
 
 
 @functools.cache

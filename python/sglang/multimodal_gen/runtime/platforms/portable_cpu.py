@@ -2,17 +2,22 @@
 
 Stock's CPU platform runs everything in plain torch except two fused norms of the video
 transformers, which exist in a CPU build of sgl-kernel only; no wheel has it. This file gives
-torch those two operators. srt on a CPU is in `srt/platforms/portable_cpu.py`.
+torch those two operators, and lets workers be forks of the process that starts them, which has
+imported all that they need. srt on a CPU is in `srt/platforms/portable_cpu.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import multiprocessing
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sglang.srt.encode_only import seams
+from sglang.srt.encode_only import launch, seams
 from sglang.srt.encode_only.plugin import supports_installed_sglang
 
 
@@ -87,3 +92,37 @@ def fused_scale_residual_norm_scale_shift_cpu(
     total = (residual.float() + gated).to(residual.dtype)
     normed = fused_norm_scale_shift_cpu(total, weight, bias, scale, shift, norm_type, eps)
     return normed.to(x.dtype), total
+
+
+class _Forking:
+    """multiprocessing, whose new processes are forks."""
+
+    @staticmethod
+    def get_context(_: str | None = None) -> Any:
+        return multiprocessing.get_context("fork")
+
+
+def fork_workers(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `launch_server._start_scheduler_processes`."""
+    from sglang.multimodal_gen.runtime import launch_server
+    from sglang.multimodal_gen.runtime.managers import worker_bootstrap
+
+    if not launch.is_forkable():
+        return original(*args, **kwargs)
+    launch.prepare_to_fork()
+    with (
+        _in_place_of(launch_server, "mp", _Forking),
+        # A warning of what a process should not have imported when it begins.
+        _in_place_of(worker_bootstrap, "_warn_if_runtime_imported_early", lambda: None),
+    ):
+        return original(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _in_place_of(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

@@ -190,6 +190,15 @@ DIFFUSION: tuple[Seam, ...] = (
 
 PORTABLE_CPU: tuple[Seam, ...] = (
     Seam(
+        target="sglang.multimodal_gen.runtime.launch_server:_start_scheduler_processes",
+        kind="around",
+        hook="sglang.multimodal_gen.runtime.platforms.portable_cpu:fork_workers",
+        parameters=("server_args", "ranks", "name_prefix"),
+        process="diffusion",
+        reason="On a CPU a worker need not import what the process that starts it has imported.",
+        upstream="`fork` as the start method of a CPU's platform, where the caller is a server",
+    ),
+    Seam(
         target="sglang.multimodal_gen.runtime.disaggregation.scheduler_mixin"
         ":SchedulerDisaggMixin._init_disagg_state",
         kind="around",
@@ -210,5 +219,5 @@ PORTABLE_CPU: tuple[Seam, ...] = (
         upstream="a backend of --disagg-transfer-backend, of which stock reads none",
     ),
 )
-"""What the roles of a disaggregated pipeline need on a CPU, with native encoders too. Installed
-where there is no accelerator."""
+"""How workers start on a CPU, and what the roles of a disaggregated pipeline need there, with
+native encoders too. Installed where there is no accelerator."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.srt.encode_only.packing import to_device
@@ -89,11 +89,10 @@ class TritonEncodeBackend(PackedBackend):
         position_bias: RelativePositionBias | None,
     ) -> torch.Tensor:
         reach = Reach.of(layer)
-        out_thd = packed_attention(
+        out_thd = self.fused(
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
             k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
             v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
-            *self.sequences,
             scaling=layer.scaling,
             causal=reach.causal,
             window=reach.window,
@@ -101,6 +100,12 @@ class TritonEncodeBackend(PackedBackend):
             bias=self.bias_rows(position_bias),
         )
         return out_thd.flatten(1)
+
+    def fused(
+        self, q_thd: torch.Tensor, k_thd: torch.Tensor, v_thd: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """The kernel: `packed_attention` of the sequences that were taken."""
+        return packed_attention(q_thd, k_thd, v_thd, *self.sequences, **options)
 
 
 @register_attention_backend("encode_only_triton")

@@ -1,0 +1,32 @@
+"""Where tests run encoders: on a GPU where there is one.
+
+What is of the CPU alone (its platform, its packed products, its memory) stays there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from sglang.srt.encode_only.in_process import InProcessEncoder
+from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class HostEncoder(InProcessEncoder):
+    """An encoder on DEVICE that gives its answers on the CPU, where references are."""
+
+    def __init__(self, model_path: object, **arguments: object):
+        super().__init__(str(model_path), device=DEVICE, **arguments)
+
+    def encode(self, inputs: Sequence[EncodeInput]) -> list[EncodeOutput]:
+        return [
+            dataclasses.replace(
+                one,
+                hidden_states={i: states.cpu() for i, states in one.hidden_states.items()},
+                pooled=None if one.pooled is None else one.pooled.cpu(),
+            )
+            for one in super().encode(inputs)
+        ]
