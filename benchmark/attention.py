@@ -14,10 +14,12 @@ It needs torch and triton alone: no sglang, and no weights.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,9 @@ from sglang.srt.layers.attention.encode_only.triton_kernel import (
     packed_attention,
 )
 
-try:
+fa4: Any = None
+with contextlib.suppress(ImportError):
     from sglang.srt.layers.attention.encode_only.fa4_kernel import packed_attention as fa4
-except ImportError:
-    fa4 = None
 
 HEADS, HEAD_DIM = 64, 64
 # T5's biases are alike from this distance on.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from pictures import CASES, Pictures, image
 from service import Service
@@ -38,6 +39,13 @@ def test_healthy_only_while_the_encoder_is_there(service: Service, flux_server: 
     assert service.relay.url in health.json()["error"]
     with service.relay.to(flux_server.url):
         assert service.health().status_code == 200
+
+
+def test_the_worker_shares_what_its_parent_has_imported(service: Service):
+    """Upstream's imports it anew."""
+    [worker] = psutil.Process(service.process.pid).children()
+    memory = worker.memory_full_info()
+    assert memory.uss < memory.rss / 2, memory
 
 
 @pytest.mark.parametrize("modules", [None, ["text_encoder"], ["transformer", "text_encoder_2"]])
