@@ -21,7 +21,7 @@ from transformers import (
 
 import tiny_tokenizers
 from checkpoints import fresh_seed
-from device import DEVICE, HostEncoder
+from device import DEVICE, HostEncoder, two_ranks
 from server_control import API_KEY, QUEUE
 
 
@@ -106,7 +106,7 @@ def doubled_server(t5_folder: Path) -> Iterator[LocalServer]:
     """With two tokenizer workers, and two tensor-parallel ranks."""
     # uvicorn kills a worker that is not up in time, and 10 s are too few on a busy machine.
     patience = {"SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "120"}
-    arguments = ("--device", "cpu", "--tokenizer-worker-num", "2", "--tp-size", "2")
+    arguments = ("--tokenizer-worker-num", "2", *two_ranks())
     with LocalServer(t5_folder, *arguments, environment=patience) as server:
         yield server
 
@@ -145,5 +145,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama_server(llama_folder: Path) -> Iterator[LocalServer]:
     """A stock server that generates, on the portable CPU platform."""
+    if DEVICE.type != "cpu":
+        pytest.skip("the portable CPU platform stands aside where there is an accelerator")
     with LocalServer(llama_folder, "--device", "cpu", encoder=False) as server:
         yield server

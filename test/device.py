@@ -8,11 +8,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import pytest
 import torch
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def two_ranks() -> tuple[str, ...]:
+    """A server's arguments for two ranks; skips the test where there is one GPU."""
+    if DEVICE.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("two ranks need two GPUs")
+    return "--device", DEVICE.type, "--tp-size", "2"
 
 
 class HostEncoder(InProcessEncoder):

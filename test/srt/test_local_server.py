@@ -20,16 +20,20 @@ from sglang.srt.encode_only.client import EncoderClient, EncoderUnavailable
 from sglang.srt.encode_only.local_server import KeptServer
 
 PROGRAM = """
-import json, sys, time
+import json, os, sys, time
 from sglang.srt.encode_only.local_server import KeptServer
 server = KeptServer("t5", sys.argv[1], "--device", "cpu")
-print(json.dumps({"url": server.wait_until_ready(), "keeper": server._keeper.pid}), flush=True)
+# Such as a diffusion worker.
+fork = os.fork()
+if fork:
+    pids = {"keeper": server._keeper.pid, "fork": fork}
+    print(json.dumps({"url": server.wait_until_ready(), **pids}), flush=True)
 time.sleep(3600)
 """
 
 
 class Host:
-    """A program that keeps a server, and what it started."""
+    """A program that keeps a server, what it started, and a fork of it, which outlives it."""
 
     def __init__(self, model: Path, folder: Path):
         # pytest's own is too long for the path of a socket where it runs in several processes.
@@ -45,6 +49,7 @@ class Host:
         assert self.process.stdout is not None
         said = json.loads(self.process.stdout.readline())
         self.url, self.keeper = said["url"], psutil.Process(said["keeper"])
+        self.fork = psutil.Process(said["fork"])
 
     def servers(self) -> list[psutil.Process]:
         """The first process of the server, while there is one."""
@@ -61,6 +66,7 @@ def host(t5_folder: Path, tmp_path: Path) -> Iterator[Host]:
     yield host
     host.process.kill()
     host.process.wait()
+    host.fork.kill()
     for process in psutil.wait_procs(started, timeout=60)[1]:
         process.kill()
     shutil.rmtree(host.temporary, ignore_errors=True)
@@ -102,7 +108,7 @@ def test_it_is_started_again_and_gone_with_its_program(host: Host) -> None:
     started = host.all()
     os.kill(host.process.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(started, timeout=60)
-    assert not alive
+    assert not alive and host.fork.is_running()
     assert not list(host.temporary.glob("sglang-server-*"))
 
 

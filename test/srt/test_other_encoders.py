@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 
 import tiny_tokenizers
 from decoders import random_config, write_decoder
-from device import DEVICE
+from device import DEVICE, two_ranks
 
 VL = "Qwen2_5_VLForConditionalGeneration"
 
@@ -48,7 +48,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedMode
 
 @pytest.fixture(scope="module")
 def clip_server(clip: tuple[Path, PreTrainedModel]) -> Iterator[LocalServer]:
-    with LocalServer(clip[0], "--device", "cpu", "--tp-size", "2") as server:
+    with LocalServer(clip[0], *two_ranks()) as server:
         yield server
 
 

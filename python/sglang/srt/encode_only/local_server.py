@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import functools
 import http.client
 import json
 import os
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -272,6 +274,8 @@ class KeptServer:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
+        # No fork of this process holds that open.
+        os.register_at_fork(after_in_child=functools.partial(_let_go, weakref.ref(self._keeper)))
 
     def wait_until_ready(self) -> str:
         """Its URL, once it answers.
@@ -297,6 +301,14 @@ class KeptServer:
         self._keeper.kill()
         self._keeper.wait()
         self._keeper.stdout.close()
+
+
+def _let_go(of_keeper: weakref.ref[subprocess.Popen[bytes]]) -> None:
+    keeper = of_keeper()
+    if keeper is not None:
+        assert keeper.stdin is not None and keeper.stdout is not None
+        keeper.stdin.close()
+        keeper.stdout.close()
 
 
 def keep(label: str, described: dict[str, Any]) -> None:
