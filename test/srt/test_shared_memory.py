@@ -256,6 +256,23 @@ def test_a_call_of_several_batches(t5_server):
         assert_same(shares.encode(many), does_not.encode(many))
 
 
+@pytest.mark.parametrize("cores", [1, 8])
+def test_a_large_answer_is_written_whole(cores: int, monkeypatch: pytest.MonkeyPatch):
+    """Also by several threads, which there are where there are cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    shared_memory._writers.cache_clear()
+    assert (shared_memory._writers() is None) == (cores == 1)
+    size = shared_memory.WRITE_AT_ONCE + random.Random(fresh_seed()).randrange(1000)
+    values = os.urandom(size)
+    memory = Memory()
+    memory.offer.write(memoryview(values), 7)
+    assert bytes(memory.body(size + 7)[7:]) == values
+    memory.close()
+    with pytest.raises(OSError):
+        memory.offer.write(memoryview(values), 0)
+    shared_memory._writers.cache_clear()
+
+
 def test_an_answer_stays_as_long_as_somebody_has_it(t5_server):
     """And its memory is used again afterwards."""
     with EncoderClient(t5_server.url) as client:
