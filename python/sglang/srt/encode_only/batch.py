@@ -143,7 +143,15 @@ def prepare(original: Any, self: ScheduleBatch) -> None:
 
 
 def send_straight_back(original: Any, *args: Any, **kwargs: Any) -> SchedulerIpcChannels:
-    """AROUND `SchedulerIpcChannels.create`: answers go to the tokenizer, past the detokenizer."""
+    """AROUND `SchedulerIpcChannels.create`: answers go to the tokenizer, past the detokenizer.
+
+    The rank that receives from there receives by lines too.
+    """
+    # Not for an encoder in another process, which has no scheduler.
+    from sglang.srt.encode_only import scheduler_line
+
+    if kwargs["is_rank_zero"]:
+        scheduler_line.open_line()
     return original(*args, **{**kwargs, "skip_tokenizer_init": True})
 
 

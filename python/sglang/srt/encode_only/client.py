@@ -1,21 +1,25 @@
 """Clients of an encode-only server: texts or token ids in, tensors out.
 
-One class for threads and one for asyncio; what they say and how they take the answers is shared,
-and free of input and output. Bodies are in `wire.py`, sockets in `transport.py`.
+One class for threads, and one for asyncio that runs it in some. Bodies are in `wire.py`, sockets in
+`transport.py` and `line.py`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 from sglang.srt.encode_only import wire
+from sglang.srt.encode_only.line import Lines
 from sglang.srt.encode_only.request import (
     LAST_HIDDEN_STATE,
     EncodeInput,
@@ -24,8 +28,12 @@ from sglang.srt.encode_only.request import (
     RequestError,
 )
 from sglang.srt.encode_only.shared_memory import Memories, Memory
-from sglang.srt.encode_only.transport import MEMORY, AsyncTransport, Transport
+from sglang.srt.encode_only.transport import Transport, Unanswered, Waiting
 
+MAX_THREADS = 64
+"""Most requests that an AsyncEncoderClient has under way; more wait for their turn."""
+
+T = TypeVar("T")
 Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -49,7 +57,7 @@ class EncoderClient:
         api_key: the server's `--api-key`, where it has one.
         timeout: seconds for an answer, from the request to its end, the time in its queue included.
         share_memory: whether a server on this host may write its answers into memory of this
-            process; they are sent otherwise.
+            process, and be spoken to past HTTP; they are sent otherwise.
     """
 
     def __init__(
@@ -61,9 +69,12 @@ class EncoderClient:
         share_memory: bool = True,
     ):
         self.base_url = base_url
-        self._memories = _memories(base_url) if share_memory else None
+        self._timeout = timeout
+        self._requests = _Requests(base_url, api_key)
         self._transport = Transport()
-        self._requests = _Requests(base_url, api_key, timeout)
+        here = share_memory and _is_here(base_url)
+        self._memories = Memories() if here else None
+        self._lines = Lines(urlsplit(base_url).port or 80) if here else None
 
     def info(self, *, timeout: float | None = None) -> EncoderInfo:
         """What the encoder is.
@@ -74,7 +85,7 @@ class EncoderClient:
         Raises:
             EncoderUnavailable: there is none.
         """
-        return _read_info(self.base_url, *self._exchange("GET", timeout=timeout))
+        return self._info(timeout=timeout)
 
     def encode(
         self,
@@ -116,8 +127,7 @@ class EncoderClient:
         Args:
             timeout: seconds for an answer, in place of the client's.
         """
-        groups = _groups(inputs)
-        return _in_order(groups, [self._encode(request, timeout) for request, _ in groups])
+        return self._encode_inputs(inputs, timeout=timeout)
 
     def close(self) -> None:
         """Ends the connections. Answers stay valid."""
@@ -136,25 +146,63 @@ class EncoderClient:
     ) -> None:
         self.close()
 
-    def _encode(
-        self, request: wire.EncodeRequest, timeout: float | None = None
-    ) -> list[EncodeOutput]:
-        with _lent(self._memories, request) as (body, memory):
-            answer = self._exchange("POST", body, timeout=timeout, memory=memory)
-        return _read_outputs(self.base_url, request, *answer, self._memories, memory)
+    def _info(self, *, timeout: float | None = None, waiting: Waiting | None = None) -> EncoderInfo:
+        waiting = self._begun(waiting, timeout)
+        return _read_info(self.base_url, *self._by_http(waiting, "GET"))
 
-    def _exchange(
+    def _encode_inputs(
         self,
-        method: str,
-        body: bytes | None = None,
+        inputs: Sequence[EncodeInput],
         *,
         timeout: float | None = None,
-        memory: Memory | None = None,
+        waiting: Waiting | None = None,
+    ) -> list[EncodeOutput]:
+        groups = _groups(inputs)
+        answers = [self._encode(request, timeout=timeout, waiting=waiting) for request, _ in groups]
+        return _in_order(groups, answers)
+
+    def _encode(
+        self,
+        request: wire.EncodeRequest,
+        *,
+        timeout: float | None = None,
+        waiting: Waiting | None = None,
+    ) -> list[EncodeOutput]:
+        waiting = self._begun(waiting, timeout)
+        with _unavailable(self.base_url), contextlib.suppress(Unanswered):
+            outputs = self._by_line(waiting, request)
+            if outputs is not None:
+                return outputs
+        with _lent(self._memories, request) as (body, memory):
+            answer = self._by_http(waiting, "POST", body)
+        return _read_outputs(self.base_url, request, *answer, self._memories, memory)
+
+    def _by_line(self, waiting: Waiting, request: wire.EncodeRequest) -> list[EncodeOutput] | None:
+        """None where HTTP is the way."""
+        if self._lines is None or not self._lines.known or request.holds_texts:
+            return None
+        with _lent(self._memories, request) as (body, memory):
+            response = self._lines.carry(body, memory, waiting) if memory else None
+            if response is None:
+                if self._memories is not None and memory is not None:
+                    self._memories.answer(memory, None)
+                return None
+        content = next(response.iter_raw(), b"")
+        return _read_outputs(self.base_url, request, response, content, self._memories, memory)
+
+    def _by_http(
+        self, waiting: Waiting, method: str, body: bytes | None = None
     ) -> tuple[httpx.Response, bytes]:
         with _unavailable(self.base_url):
-            request = self._requests.make(method, body, timeout=timeout, memory=memory)
-            response = self._transport.handle_request(request)
+            response = self._transport.carry(self._requests.make(method, body), waiting)
+            if self._lines is not None:
+                self._lines.learn(response)
             return response, next(response.iter_raw(), b"")
+
+    def _begun(self, waiting: Waiting | None, timeout: float | None) -> Waiting:
+        waiting = waiting or Waiting()
+        waiting.begin(self._timeout if timeout is None else timeout)
+        return waiting
 
 
 class AsyncEncoderClient:
@@ -172,13 +220,14 @@ class AsyncEncoderClient:
         share_memory: bool = True,
     ):
         self.base_url = base_url
-        self._memories = _memories(base_url) if share_memory else None
-        self._transport = AsyncTransport()
-        self._requests = _Requests(base_url, api_key, timeout)
+        self._client = EncoderClient(
+            base_url, api_key=api_key, timeout=timeout, share_memory=share_memory
+        )
+        self._threads = concurrent.futures.ThreadPoolExecutor(MAX_THREADS, "encoder-client")
 
     async def info(self) -> EncoderInfo:
         """As `EncoderClient.info`."""
-        return _read_info(self.base_url, *await self._exchange("GET"))
+        return await self._run(self._client._info)
 
     async def encode(
         self,
@@ -192,30 +241,27 @@ class AsyncEncoderClient:
         truncate: bool = False,
     ) -> list[EncodeOutput]:
         """As `EncoderClient.encode`."""
-        return await self._encode(
-            wire.make_request(
-                input=input,
-                layers=layers,
-                pooled=pooled,
-                attend=attend,
-                skip=skip,
-                max_length=max_length,
-                truncate=truncate,
-            )
+        request = wire.make_request(
+            input=input,
+            layers=layers,
+            pooled=pooled,
+            attend=attend,
+            skip=skip,
+            max_length=max_length,
+            truncate=truncate,
         )
+        return await self._run(self._client._encode, request)
 
     async def encode_inputs(
         self, inputs: Sequence[EncodeInput], *, timeout: float | None = None
     ) -> list[EncodeOutput]:
         """As `EncoderClient.encode_inputs`."""
-        groups = _groups(inputs)
-        return _in_order(groups, [await self._encode(request, timeout) for request, _ in groups])
+        return await self._run(self._client._encode_inputs, inputs, timeout=timeout)
 
     async def close(self) -> None:
         """As `EncoderClient.close`."""
-        await self._transport.aclose()
-        if self._memories is not None:
-            self._memories.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
 
     async def __aenter__(self) -> AsyncEncoderClient:
         return self
@@ -228,35 +274,24 @@ class AsyncEncoderClient:
     ) -> None:
         await self.close()
 
-    async def _encode(
-        self, request: wire.EncodeRequest, timeout: float | None = None
-    ) -> list[EncodeOutput]:
-        with _lent(self._memories, request) as (body, memory):
-            answer = await self._exchange("POST", body, timeout=timeout, memory=memory)
-        return _read_outputs(self.base_url, request, *answer, self._memories, memory)
-
-    async def _exchange(
-        self,
-        method: str,
-        body: bytes | None = None,
-        *,
-        timeout: float | None = None,
-        memory: Memory | None = None,
-    ) -> tuple[httpx.Response, bytes]:
-        with _unavailable(self.base_url):
-            request = self._requests.make(method, body, timeout=timeout, memory=memory)
-            response = await self._transport.handle_async_request(request)
-            return response, await anext(response.aiter_raw(), b"")
+    async def _run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        waiting = Waiting()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, functools.partial(call, *args, **kwargs, waiting=waiting)
+            )
+        except asyncio.CancelledError:
+            waiting.abandon()
+            raise
 
 
 class _Requests:
     """Makes requests to one server, without what httpx's clients do for others each time: cookies,
     redirects and the merging of URLs, which take a quarter of a millisecond."""
 
-    def __init__(self, base_url: str, api_key: str | None, timeout: float):
+    def __init__(self, base_url: str, api_key: str | None):
         self._base_url = base_url
         self._api_key = api_key
-        self._timeout = timeout
 
     @functools.cached_property
     def _first(self) -> httpx.Request:
@@ -264,30 +299,16 @@ class _Requests:
         headers = {"Accept-Encoding": "identity", "Content-Type": wire.JSON}
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
-        with httpx.Client(base_url=self._base_url, headers=headers, transport=Transport()) as http:
+        nothing = httpx.BaseTransport()
+        with httpx.Client(base_url=self._base_url, headers=headers, transport=nothing) as http:
             request = http.build_request("GET", wire.ROUTE)
         url = request.url
         if not self._api_key and (url.username or url.password):
             request = next(httpx.BasicAuth(url.username, url.password).auth_flow(request))
         return request
 
-    def make(
-        self,
-        method: str,
-        content: bytes | None,
-        *,
-        timeout: float | None = None,
-        memory: Memory | None = None,
-    ) -> httpx.Request:
-        seconds = self._timeout if timeout is None else timeout
-        within = httpx.Timeout(seconds, connect=min(seconds, 10.0))
-        return httpx.Request(
-            method,
-            self._first.url,
-            headers=self._first.headers,
-            content=content,
-            extensions={"timeout": within.as_dict(), MEMORY: memory},
-        )
+    def make(self, method: str, content: bytes | None) -> httpx.Request:
+        return httpx.Request(method, self._first.url, headers=self._first.headers, content=content)
 
 
 Group = tuple[wire.EncodeRequest, list[int]]
@@ -314,10 +335,10 @@ def _in_order(groups: list[Group], answers: list[list[EncodeOutput]]) -> list[En
     return [by_place[i] for i in range(len(by_place))]
 
 
-def _memories(base_url: str) -> Memories | None:
-    """Memory for the answers of a server on this host; None for one elsewhere."""
+def _is_here(base_url: str) -> bool:
+    """Whether the server is on this host, and memory can be shared."""
     here = urlsplit(base_url).hostname in ("localhost", "127.0.0.1", "::1")
-    return Memories() if here and hasattr(os, "memfd_create") else None
+    return here and hasattr(os, "memfd_create")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
-from sglang.srt.encode_only import wire
+from sglang.srt.encode_only import scheduler_line, wire
+from sglang.srt.encode_only.line import Address
 from sglang.srt.encode_only.request import RequestError
 from sglang.srt.encode_only.service import EncodeService, no_generation, service_of
 from sglang.srt.entrypoints.http_server import get_global_state
@@ -69,9 +70,10 @@ def shape_refusals(_: Any, app: FastAPI, **keys: str | None) -> None:
 
 
 @router.get(wire.ROUTE, response_class=Response)
-async def info() -> Response:
+async def info(request: Request) -> Response:
     """What this encoder is: an EncoderInfo."""
-    return Response(msgspec.json.encode(_service().info), media_type=wire.JSON)
+    content = msgspec.json.encode(_service().info)
+    return Response(content, media_type=wire.JSON, headers=_line(request))
 
 
 @router.post(wire.ROUTE, response_class=Response, openapi_extra={"requestBody": _REQUEST_BODY})
@@ -112,28 +114,15 @@ async def _answer(body: bytearray, request: Request) -> Response:
     service = _service()
     service.check_ready()
     asked = wire.read_request(body)
-    count = len(asked.rows())
-    if count > wire.MAX_INPUTS:
-        raise RequestError(
-            f"`input` has {count} inputs, but one request takes at most {wire.MAX_INPUTS}; "
-            "send several.",
-            status=413,
-            param="input",
-        )
+    asked.check_count()
     inputs, truncated = await service.prepare(asked)
     info = service.info
-    size = wire.answer_bytes(inputs, info, asked.encoding_format)
-    if size > wire.MAX_ANSWER_BYTES:
-        raise RequestError(
-            f"The answer would have about {size >> 20} MiB, but at most "
-            f"{wire.MAX_ANSWER_BYTES >> 20} MiB are sent; ask for fewer inputs or layers.",
-            status=413,
-        )
+    asked.check_answer(inputs, info)
     offer = asked.memory
     if offer and asked.encoding_format == "safetensors" and _is_here(request):
         written = await service.run_into(offer, inputs, truncated, request)
         if written is not None:
-            headers = {wire.IN_MEMORY: str(written)}
+            headers = {wire.IN_MEMORY: str(written), **_line(request)}
             return Response(b"", media_type=wire.SAFETENSORS, headers=headers)
     outputs = await service.run(inputs, truncated, request)
     content, media_type = wire.write_answer(outputs, info, asked.encoding_format)
@@ -145,6 +134,17 @@ def _is_here(request: Request) -> bool:
     with contextlib.suppress(ValueError):
         return request.client is not None and ip_address(request.client.host).is_loopback
     return False
+
+
+def _line(request: Request) -> dict[str, str]:
+    """The header that tells of the scheduler's line, to a caller who can have use of it."""
+    if not _is_here(request):
+        return {}
+    service = _service()
+    key = scheduler_line.tell(service.info, service.updates)
+    if key is None:
+        return {}
+    return {wire.LINE: Address(request.scope["server"][1], key).header()}
 
 
 def _service() -> EncodeService:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,3 +101,26 @@ def count_batch(
     batches.inc()
     sequences.inc(prefill_stats.num_new_seqs)
     tokens.inc(prefill_stats.log_input_tokens)
+
+
+def observer() -> Callable[[int, float], None]:
+    """Counts a request that the tokenizer manager does not see, in what that counts requests.
+
+    Returns:
+        A function of the request's tokens, and of the seconds that it took.
+    """
+    from sglang.srt.observability.metrics_collector import (
+        STAT_LOGGER_ROLE_TOKENIZER,
+        TokenizerMetricsCollector,
+        resolve_collector_class,
+        tokenizer_metric_labels,
+    )
+
+    kind = resolve_collector_class(STAT_LOGGER_ROLE_TOKENIZER, TokenizerMetricsCollector)
+    labels = tokenizer_metric_labels()
+    collector = kind(labels=labels)
+
+    def observe(tokens: int, seconds: float) -> None:
+        collector.observe_one_finished_request(labels, tokens, 0, 0, seconds, False)
+
+    return observe

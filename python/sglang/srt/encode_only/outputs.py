@@ -10,7 +10,7 @@ srt's existing
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from sglang.srt.encode_only.request import (
     EncodeInput,
     EncodeOutput,
     EncoderInfo,
+    RequestError,
 )
 from sglang.srt.encode_only.wire import raw
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput
@@ -189,17 +190,38 @@ class LayerCapture(States):
 def hand_over(scheduler: Scheduler, batch: ScheduleBatch, result: EmbeddingBatchResult) -> None:
     """BEFORE `Scheduler.process_batch_result`: writes into callers' memory.
 
-    What is written no longer travels; an empty tensor stands for it.
+    Who has come by a line goes on at once, while the batch is accounted for. What is written no
+    longer travels; an empty tensor stands for it.
     """
     flat = result.pooled_hidden_states
     if flat is None or scheduler.output_streamer.send_to_detokenizer.socket is None:
         return
+    # Not for an encoder in another process, which has no scheduler.
+    from sglang.srt.encode_only import scheduler_line
+
+    line = scheduler_line.current()
     if result.copy_done is not None:
         result.copy_done.synchronize()
     for i, req in enumerate(batch.reqs):
         place = place_of(req.sampling_params.custom_params)
-        if place is not None and place.write(raw(flat[i])):
+        by_line = line is not None and line.write(req.rid, flat[i])
+        if by_line or (place is not None and place.write(raw(flat[i]))):
             flat[i] = flat[i][:0]
+
+
+# The scheduler says of these that it is unavailable (503), as it does of many things.
+_OVERLOADED = ("The request queue is full.", "The request is aborted by a higher priority request.")
+
+
+def refusal(message: str, status: int) -> RequestError:
+    """What a caller is told of a request that the scheduler refused, by what that says of it."""
+    return RequestError(message, status=429 if message in _OVERLOADED else status)
+
+
+def given_up(finish_reason: Mapping[str, Any]) -> RequestError:
+    """The same of one that it had taken, and has ended without hidden states."""
+    reason = finish_reason.get("message") or "no hidden states came back"
+    return RequestError(f"The server gave the request up: {reason}", status=503)
 
 
 def unpack(

@@ -8,13 +8,15 @@ what is asked of each goes with them; the token budget of a batch is the most th
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
-from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
+from sglang.srt.encode_only import wire
+from sglang.srt.encode_only.request import EncodeInput, EncoderInfo, EncodeSpec, RequestError
 from sglang.srt.encode_only.shared_memory import Offer
 
 _KEY = "encode_inputs"
@@ -38,12 +40,10 @@ class Place(NamedTuple):
 
     Attributes:
         offset: in bytes, of the answer's body.
-        last: whether the answer is there, whole, once this is written.
     """
 
     offer: Offer
     offset: int
-    last: bool = False
 
     def write(self, values: memoryview) -> bool:
         """Whether it could be done: the caller's memory may be out of reach, or gone."""
@@ -51,8 +51,6 @@ class Place(NamedTuple):
             self.offer.write(values, self.offset)
         except (OSError, ValueError):
             return False
-        if self.last:
-            self.offer.ring(self.offset + len(values))
         return True
 
 
@@ -71,7 +69,7 @@ class Packed(dict[str, Any]):
         """
         return cls(
             {
-                _PLACE: place and (*msgspec.structs.astuple(place.offer), place.offset, place.last),
+                _PLACE: place and (*msgspec.structs.astuple(place.offer), place.offset),
                 _KEY: [
                     (len(one.token_ids), spec.layers, spec.pooled, spec.attend, spec.skip)
                     for one in inputs
@@ -98,8 +96,8 @@ def place_of(params: Mapping[str, Any] | None) -> Place | None:
     """Where the answer to a request is to be written, by its `custom_params`."""
     if not params or not (place := params.get(_PLACE)):
         return None
-    *offer, offset, last = place
-    return Place(Offer(*offer), offset, last)
+    *offer, offset = place
+    return Place(Offer(*offer), offset)
 
 
 def num_inputs(params: Mapping[str, Any] | None) -> int:
@@ -127,6 +125,41 @@ def split(inputs: Sequence[EncodeInput], max_tokens: int) -> Iterator[list[Encod
         part.append(one)
     if part:
         yield part
+
+
+def parts(
+    inputs: Sequence[EncodeInput], max_tokens: int, max_requests: int | None, ranks: int = 1
+) -> list[list[EncodeInput]]:
+    """The inputs by the requests in which they travel, at least one a rank.
+
+    Args:
+        max_tokens: of a batch.
+        max_requests: how many the server queues; None for any number.
+
+    Raises:
+        RequestError: they are more requests than that.
+    """
+    tokens = sum(len(one.token_ids) for one in inputs)
+    found = list(split(inputs, min(max_tokens, math.ceil(tokens / ranks))))
+    # They enter the scheduler's queue together or not at all.
+    if max_requests and len(found) > max_requests:
+        raise RequestError(
+            f"The inputs have {tokens} tokens, which is {len(found)} batches, but the server "
+            f"queues at most {max_requests}; send several requests.",
+            status=413,
+            param="input",
+        )
+    return found
+
+
+def places(
+    start: int, parts: Iterable[Sequence[EncodeInput]], info: EncoderInfo
+) -> tuple[list[int], int]:
+    """Where in the body of an answer the values of each part belong, from `start` on, and its end,
+    in bytes."""
+    sizes = (wire.answer_bytes(part, info, "safetensors") for part in parts)
+    *starts, end = itertools.accumulate(sizes, initial=start)
+    return starts, end
 
 
 def token_ids(inputs: Iterable[EncodeInput]) -> list[int]:

@@ -85,6 +85,10 @@ def _enter_server() -> None:
     global _server_pid
     _server_pid = os.getpid()
     seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "server")
+    if multiprocessing.parent_process() is None:
+        from sglang.srt.encode_only import scheduler_line
+
+        scheduler_line.make_keys()
     if http_server := sys.modules.get("sglang.srt.entrypoints.http_server"):
         from sglang.srt.encode_only import http_api
 

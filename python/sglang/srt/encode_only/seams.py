@@ -205,6 +205,44 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         "while the batch is accounted for.",
         upstream="the same call at the head of the method",
     ),
+    Seam(
+        target="sglang.srt.managers.scheduler_components.request_receiver"
+        ":SchedulerRequestReceiver._pull_raw_reqs",
+        kind="after",
+        hook="sglang.srt.encode_only.scheduler_line:receive",
+        parameters=("self",),
+        process="scheduler",
+        reason="Token ids of a caller on this host reach the scheduler past HTTP and its process.",
+        upstream="one more source in the method, beside the server in Rust",
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler_components.output_streamer"
+        ":SchedulerOutputStreamer._stream_output_embedding",
+        kind="around",
+        hook="sglang.srt.encode_only.scheduler_line:answer",
+        parameters=("self", "reqs"),
+        process="scheduler",
+        reason="They are answered where they came from.",
+        upstream="a branch, as there is for the server in Rust",
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler:Scheduler.send_abort_output",
+        kind="around",
+        hook="sglang.srt.encode_only.scheduler_line:give_up",
+        parameters=("self", "abort_req", "req"),
+        process="scheduler",
+        reason="So are those that are refused or given up.",
+        upstream="a branch, as there is for the server in Rust",
+    ),
+    Seam(
+        target="sglang.srt.managers.scheduler_components.idle_sleeper:IdleSleeper.__init__",
+        kind="around",
+        hook="sglang.srt.encode_only.scheduler_line:wake",
+        parameters=("self", "sockets", "can_empty_cache"),
+        process="scheduler",
+        reason="With --sleep-on-idle, they would wait for up to a second.",
+        upstream="one more descriptor in the list of sockets",
+    ),
     *(
         Seam(
             target=f"sglang.srt.entrypoints.engine:Engine.{function}",

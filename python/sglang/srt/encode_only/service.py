@@ -10,18 +10,15 @@ import asyncio
 import contextlib
 import copy
 import functools
-import itertools
-import math
 import threading
 from collections.abc import Sequence
-from http import HTTPStatus
 from typing import Any
 
 import fastapi
 import torch
 from sglang.srt.encode_only import packing, wire
 from sglang.srt.encode_only.encoders import info_of
-from sglang.srt.encode_only.outputs import unpack
+from sglang.srt.encode_only.outputs import given_up, refusal, unpack
 from sglang.srt.encode_only.request import (
     EncodeInput,
     EncodeOutput,
@@ -33,10 +30,6 @@ from sglang.srt.encode_only.wire import ROUTE, EncodeRequest
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 from sglang.srt.runtime_context import get_schedule
-
-# The scheduler says of these that it is unavailable (503), as it does of many things.
-_OVERLOADED = ("The request queue is full.", "The request is aborted by a higher priority request.")
-
 
 UPDATES = "encode_weight_updates"
 """The attribute of a tokenizer manager that counts them."""
@@ -57,8 +50,13 @@ class EncodeService:
             self._tokenizer(["first"])
 
     @property
+    def updates(self) -> int:
+        """How many updates of weights have ended."""
+        return getattr(self._manager, UPDATES, 0)
+
+    @property
     def info(self) -> EncoderInfo:
-        updates = getattr(self._manager, UPDATES, 0)
+        updates = self.updates
         if self._info is None or self._info[0] != updates:
             model, config = self._manager.served_model_name, self._manager.model_config
             self._info = updates, info_of(model, config, updates)
@@ -93,28 +91,12 @@ class EncodeService:
             RequestError: this encoder cannot take them.
         """
         info = self.info
-        limit = _limit(request, info)
+        limit = request.limit(info)
         rows: list[Any] = request.rows()
         whole = rows
-        if isinstance(rows[0], str):
+        if request.holds_texts:
             whole, rows = await asyncio.to_thread(self._tokenize, rows, limit, request.truncate)
-        inputs = []
-        for i, (ids, spec) in enumerate(zip(rows, request.specs(len(rows)), strict=True)):
-            if len(ids) > limit:
-                raise RequestError(
-                    f"Input {i} has {len(ids)} tokens, but at most {limit} are taken; shorten "
-                    "it, or give it as a text with `truncate`.",
-                    param="input",
-                )
-            one = EncodeInput(token_ids=ids, spec=spec)
-            try:
-                one.check(info)
-            except RequestError as error:
-                where = f"Input {i}: " if len(rows) > 1 else ""
-                raise RequestError(
-                    f"{where}{error}", status=error.status, param=error.param
-                ) from None
-            inputs.append(one)
+        inputs = request.inputs(rows, info)
         return inputs, [len(a) > len(b) for a, b in zip(whole, rows, strict=True)]
 
     async def run(
@@ -128,9 +110,10 @@ class EncodeService:
         Args:
             raw_request: whose headers tracing and the request log take, and whose caller may leave.
         """
+        # Of weights that are updated meanwhile, the answer counts as one of the former.
+        info = self.info
         parts = self._parts(inputs)
         answers = await self._submit(parts, [None] * len(parts), raw_request)
-        info = self.info
         outputs = [
             output
             for values, part in zip(answers, parts, strict=True)
@@ -158,17 +141,17 @@ class EncodeService:
         info = self.info
         parts = self._parts(inputs)
         head = wire.answer_head(inputs, truncated, info)
-        ends = [*itertools.accumulate((_bytes(part, info) for part in parts), initial=len(head))]
         if not packing.Place(offer, 0).write(memoryview(head)):
             return None
-        places = [packing.Place(offer, start, last=len(parts) == 1) for start in ends[:-1]]
+        offsets, size = packing.places(len(head), parts, info)
+        places = [packing.Place(offer, offset) for offset in offsets]
         answers = await self._submit(parts, places, raw_request)
         for values, place in zip(answers, places, strict=True):
             # What the scheduler has written comes back empty; it may be where it cannot.
             if values.numel() and not place.write(wire.raw(values)):
                 said = "The memory that was offered for the answer is gone."
                 raise RequestError(said, status=503)
-        return ends[-1]
+        return size
 
     async def _submit(
         self,
@@ -193,9 +176,7 @@ class EncodeService:
             async with contextlib.aclosing(answers):
                 outs = await anext(answers)
         except fastapi.HTTPException as error:
-            overloaded = error.detail in _OVERLOADED
-            status = HTTPStatus.TOO_MANY_REQUESTS if overloaded else error.status_code
-            raise RequestError(str(error.detail), status=status) from error
+            raise refusal(str(error.detail), error.status_code) from error
         except ValueError as error:
             raise RequestError(str(error)) from error
         return [_values(out) for out in ([outs] if alone else outs)]
@@ -203,20 +184,10 @@ class EncodeService:
     def _parts(self, inputs: Sequence[EncodeInput]) -> list[list[EncodeInput]]:
         """The inputs by the requests in which they travel, at least one a data-parallel rank."""
         schedule = get_schedule()
-        tokens = sum(len(one.token_ids) for one in inputs)
         ranks = self._manager.server_args.dp_size
-        parts = list(
-            packing.split(inputs, min(schedule.max_prefill_tokens, math.ceil(tokens / ranks)))
+        return packing.parts(
+            inputs, schedule.max_prefill_tokens, schedule.max_queued_requests, ranks
         )
-        # They enter the scheduler's queue together or not at all.
-        if schedule.max_queued_requests and len(parts) > schedule.max_queued_requests:
-            raise RequestError(
-                f"The inputs have {tokens} tokens, which is {len(parts)} batches, but the server "
-                f"queues at most {schedule.max_queued_requests}; send several requests.",
-                status=413,
-                param="input",
-            )
-        return parts
 
     def _tokenize(
         self, texts: list[str], limit: int, truncate: bool
@@ -268,17 +239,11 @@ def service_of(tokenizer_manager: TokenizerManager) -> EncodeService:
     return EncodeService(tokenizer_manager)
 
 
-def _bytes(inputs: Sequence[EncodeInput], info: EncoderInfo) -> int:
-    """How large the values are that are asked of `inputs`."""
-    return wire.answer_values(inputs, info) * info.torch_dtype.itemsize
-
-
 def _values(out: dict[str, Any]) -> torch.Tensor:
     """The hidden states in the answer to one of srt's requests."""
     flat = out.get("pooled_hidden_state")
     if flat is None:
-        reason = out["meta_info"]["finish_reason"].get("message", "no hidden states came back")
-        raise RequestError(f"The server gave the request up: {reason}", status=503)
+        raise given_up(out["meta_info"]["finish_reason"])
     return flat
 
 
@@ -320,16 +285,3 @@ def no_generation(model: str) -> str:
         f"{model} is an encoder and generates no text. POST {ROUTE} gives hidden states, "
         "POST /v1/embeddings one vector an input."
     )
-
-
-def _limit(request: EncodeRequest, info: EncoderInfo) -> int:
-    """Most tokens that an input of `request` may have."""
-    given = request.max_length
-    if given is None:
-        return info.max_length
-    if not 1 <= given <= info.max_length:
-        raise RequestError(
-            f"`max_length` is {given}, but {info.model} takes 1 to {info.max_length} tokens.",
-            param="max_length",
-        )
-    return given

@@ -6,10 +6,6 @@ they pass no socket. A server that cannot open it, being in another container or
 behind a tunnel, or that does not find the token there, answers as if nothing had been offered.
 
 The file has no name: it is gone with the last process that has it open, however that ends.
-
-The HTTP answer says how large the body is. It comes from the server's other process, milliseconds
-after the scheduler has written the last byte. So the scheduler also tells the caller itself, by a
-datagram; whoever misses that has the HTTP answer.
 """
 
 from __future__ import annotations
@@ -23,13 +19,12 @@ import mmap
 import os
 import secrets
 import socket
-import struct
 import weakref
 from collections.abc import Iterator
-from typing import Annotated
 
 import msgspec
 import numpy as np
+import torch
 
 BODY = 64
 """Where the body of the answer begins; before it is the token."""
@@ -46,10 +41,8 @@ WRITE_AT_ONCE = 1 << 20
 MAX_WRITERS = 4
 
 _NAME = "sglang-encode"
-_BELL = f"\0{_NAME}-"
-"""With what the names of callers' sockets begin: nothing else is ever written to."""
-_RING = struct.Struct("=32sQQ")
-"""The token, the number of the answer and its size."""
+F_SEAL_SHRINK = 2
+"""As Linux's fcntl.h has it, and Python's fcntl does not."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -59,15 +52,11 @@ class Offer(msgspec.Struct, frozen=True):
         pid: the caller's process.
         fd: its descriptor of the file.
         token: with which the file begins, 32 hexadecimal digits.
-        bell: whose socket is told that the answer is there, a name in this host's network.
-        answer: the how-manieth this is, 64 bits.
     """
 
     pid: int
     fd: int
     token: str
-    bell: str = ""
-    answer: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
@@ -83,7 +72,8 @@ class Offer(msgspec.Struct, frozen=True):
             raise ValueError(f"{path} is no memory for answers")
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) or os.pread(fd, BODY, 0) != _head(self.token):
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            if seals & ~F_SEAL_SHRINK or os.pread(fd, BODY, 0) != _head(self.token):
                 raise ValueError(f"{path} is other memory than what was offered")
             yield fd
         finally:
@@ -110,12 +100,29 @@ class Offer(msgspec.Struct, frozen=True):
             for part in parts:
                 part.result()
 
-    def ring(self, size: int) -> None:
-        """Tells the caller that the body is there, all its `size` bytes; it may be gone."""
-        # ValueError: the caller's name for it is none.
-        with contextlib.suppress(OSError, ValueError):
-            message = _RING.pack(self.token.encode(), self.answer, size)
-            _ringer().sendto(message, _BELL + self.bell)
+
+class Mapping:
+    """Memory that was offered, for as long as it is mapped here.
+
+    To write there takes two fifths of what it takes to write into the file. The caller can no
+    longer take away what is mapped, which would end whoever writes.
+
+    Raises:
+        OSError, ValueError: as of `Offer.opened`; or there is no memory for `size` bytes.
+    """
+
+    def __init__(self, offer: Offer, size: int):
+        self.offer = offer
+        self.size = size
+        with offer.opened() as fd:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_SHRINK)
+            os.posix_fallocate(fd, 0, BODY + size)
+            mapped = mmap.mmap(fd, BODY + size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._body = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=BODY)
+
+    def write(self, values: torch.Tensor, offset: int) -> None:
+        """Writes `[bytes]` uint8 of any device at `offset` of the body."""
+        self._body[offset : offset + len(values)].copy_(values)
 
 
 def _write(fd: int, values: memoryview, at: int) -> None:
@@ -132,47 +139,24 @@ def _writers() -> concurrent.futures.ThreadPoolExecutor | None:
     return concurrent.futures.ThreadPoolExecutor(MAX_WRITERS, "encode-answer")
 
 
-@functools.cache
-def _ringer() -> socket.socket:
-    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-
-
 def _head(token: str) -> bytes:
     return token.encode().ljust(BODY, b"\0")
 
 
 class Memory:
-    """A file in memory of this process, and a socket at which it is told of answers.
+    """A file in memory of this process.
 
     Attributes:
-        bell: the socket.
+        lines: a connection to whoever writes there, if there is one; it ends with the file.
     """
 
     def __init__(self) -> None:
-        name = secrets.token_hex(16)
-        self.bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self.bell.bind(_BELL + name)
         self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self.close = weakref.finalize(self, _close, self.fd, self.bell)
-        self.offer = Offer(os.getpid(), self.fd, secrets.token_hex(16), name)
+        self.lines: list[socket.socket] = []
+        self.close = weakref.finalize(self, _close, self.fd, self.lines)
+        self.offer = Offer(os.getpid(), self.fd, secrets.token_hex(16))
         self._mapped: mmap.mmap | None = None
         os.pwrite(self.fd, _head(self.offer.token), 0)
-
-    def next_answer(self) -> None:
-        """From now on another answer is awaited."""
-        self.offer = msgspec.structs.replace(self.offer, answer=self.offer.answer + 1)
-
-    def rung(self) -> int | None:
-        """How large the answer is that is awaited, if it is there, in bytes."""
-        expected = self.offer.token.encode(), self.offer.answer
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                message = self.bell.recv(_RING.size + 1)
-                if len(message) == _RING.size:
-                    token, answer, size = _RING.unpack(message)
-                    if (token, answer) == expected:
-                        return size
-        return None
 
     def body(self, size: int) -> np.ndarray:
         """The first `size` bytes of the body, uint8; they change with the file.
@@ -186,9 +170,10 @@ class Memory:
         return np.frombuffer(self._mapped, np.uint8, size, BODY)
 
 
-def _close(fd: int, bell: socket.socket) -> None:
+def _close(fd: int, lines: list[socket.socket]) -> None:
     os.close(fd)
-    bell.close()
+    for line in lines:
+        line.close()
 
 
 class Memories:
@@ -209,7 +194,6 @@ class Memories:
         if memory is None:
             yield None
             return
-        memory.next_answer()
         try:
             yield memory
         except BaseException:

@@ -8,9 +8,7 @@ heeds no proxies: an encoder is a neighbour.
 
 from __future__ import annotations
 
-import asyncio
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import http.client
@@ -19,24 +17,20 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
-from typing import NamedTuple, cast
+from collections.abc import Iterator
+from typing import cast
 
 import httpx
-from sglang.srt.encode_only.shared_memory import Memory
-from sglang.srt.encode_only.wire import IN_MEMORY, MAX_ANSWER_BYTES, SAFETENSORS
+from sglang.srt.encode_only.wire import MAX_ANSWER_BYTES
 
-MAX_THREADS = 64
-"""Most requests that an AsyncTransport has under way; more wait for their turn."""
+CONNECT_TIMEOUT = 10.0
+"""Seconds within which a server has to take a connection."""
 
-MAX_POLL_MS = 2**31 - 1
-"""What poll takes."""
-
-MEMORY = "memory"
-"""The extension of a request that names the Memory which its body offers."""
+MAX_LINE_ANSWER = 128 << 10
+"""The longest message that answers one on a line, in bytes."""
 
 
-class Buffer(httpx.SyncByteStream, httpx.AsyncByteStream):
+class Buffer(httpx.SyncByteStream):
     """A body that has arrived, given out whole and uncopied."""
 
     def __init__(self, body: bytearray):
@@ -45,82 +39,72 @@ class Buffer(httpx.SyncByteStream, httpx.AsyncByteStream):
     def __iter__(self) -> Iterator[bytes]:
         yield self.body
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield self.body
-
 
 class Unanswered(httpx.ReadError):
     """The connection ended before an answer began."""
 
 
-class Exchange:
-    """One request and its answer, which another thread may give up."""
+class Waiting:
+    """A caller's wait for one answer, which another thread may end."""
 
-    def __init__(self, request: httpx.Request):
-        self.request = request
+    def __init__(self) -> None:
+        self.deadline = Deadline(None)
         self._sock: socket.socket | None = None
-        self._deadline: Deadline | None = None
         self._abandoned = False
 
-    def begin(self) -> None:
-        """From now on the request's time runs, on however many connections."""
-        self._deadline = Deadline(_timeout(self.request, "read"))
+    def begin(self, seconds: float | None) -> None:
+        """From now on the time runs, on however many connections; None for ever."""
+        self.deadline = Deadline(seconds)
 
-    def over(
-        self, sock: socket.socket, *, again: bool = False
-    ) -> tuple[httpx.Response, Kept | None]:
-        """The whole answer, and the connection where it may be used again.
-
-        Args:
-            again: whether the request has been sent before.
-        """
-        self._sock = sock
-        if self._abandoned:
-            raise httpx.ReadError("The caller has left.")
-        assert self._deadline is not None, "Not begun. This is a bug."
-        with _as_httpx_errors(httpx.ReadTimeout, httpx.ReadError), contextlib.ExitStack() as ends:
+    def over(self, sock: socket.socket, request: httpx.Request) -> tuple[httpx.Response, bool]:
+        """The whole answer by HTTP, and whether the connection may be used again."""
+        with self._on(sock), contextlib.ExitStack() as ends:
             try:
-                self._deadline.bound(sock)
-                sock.sendall(_head(self.request) + self.request.content)
-                # Of what was sent twice, one answer may be written when the other has been read.
-                size = None if again else self._in_memory(sock)
-                if size is not None:
-                    headers = {IN_MEMORY: str(size), "Content-Type": SAFETENSORS}
-                    response = httpx.Response(200, headers=headers, stream=Buffer(bytearray()))
-                    return response, Kept(sock, owed=True)
-                incoming = cast(socket.socket, Incoming(sock, self._deadline))
-                answer = http.client.HTTPResponse(incoming, method=self.request.method)
+                self.deadline.bound(sock)
+                sock.sendall(_head(request) + request.content)
+                incoming = cast(socket.socket, Incoming(sock, self.deadline))
+                answer = http.client.HTTPResponse(incoming, method=request.method)
                 ends.callback(answer.close)
                 answer.begin()
             except ConnectionError as error:
                 raise Unanswered(f"the connection ended unanswered ({error})") from error
             body = _body_of(answer)
         response = httpx.Response(answer.status, headers=answer.getheaders(), stream=Buffer(body))
-        return response, None if answer.will_close else Kept(sock)
+        return response, not answer.will_close
 
-    def _in_memory(self, sock: socket.socket) -> int | None:
-        """Waits for an answer: its size, if it is in memory; None once HTTP has something."""
-        memory: Memory | None = self.request.extensions.get(MEMORY)
-        if memory is None:
-            return None
-        assert self._deadline is not None, "Not begun. This is a bug."
-        poll = select.poll()
-        for each in (memory.bell, sock):
-            poll.register(each, select.POLLIN)
-        while True:
-            ready = {fd for fd, _ in poll.poll(self._deadline.milliseconds())}
-            size = memory.rung()
-            if size is not None:
-                return size
-            if ready - {memory.bell.fileno()}:
-                return None
+    def on_line(self, sock: socket.socket, message: bytes) -> bytes:
+        """The message that answers `message`."""
+        with self._on(sock):
+            try:
+                self.deadline.bound(sock)
+                sock.send(message)
+                self.deadline.bound(sock)
+                answer = sock.recv(MAX_LINE_ANSWER)
+            except ConnectionError as error:
+                raise Unanswered(f"the line ended ({error})") from error
+        if not answer:
+            raise Unanswered("the line ended")
+        return answer
 
     def abandon(self) -> None:
-        """Wakes the thread that waits for the answer; its wait then fails."""
+        """Wakes the thread that waits; its wait then fails."""
         self._abandoned = True
-        if self._sock is not None:
+        sock = self._sock
+        if sock is not None:
             with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def _on(self, sock: socket.socket) -> Iterator[None]:
+        self._sock = sock
+        try:
+            if self._abandoned:
+                raise httpx.ReadError("The caller has left.")
+            with _as_httpx_errors(httpx.ReadTimeout, httpx.ReadError):
+                yield
+        finally:
+            # Perhaps another's from now on.
+            self._sock = None
 
 
 class Deadline:
@@ -131,14 +115,10 @@ class Deadline:
 
     def bound(self, sock: socket.socket) -> None:
         """Bounds the next operation of `sock`; TimeoutError where the time is over."""
-        sock.settimeout(self._left())
+        sock.settimeout(self.left())
 
-    def milliseconds(self) -> int | None:
-        """How long to poll at most, at least 1; TimeoutError where the time is over."""
-        left = self._left()
-        return None if left is None else int(min(max(1, left * 1e3), MAX_POLL_MS))
-
-    def _left(self) -> float | None:
+    def left(self) -> float | None:
+        """Seconds; TimeoutError where the time is over."""
         if self._end is None:
             return None
         left = self._end - time.monotonic()
@@ -174,118 +154,58 @@ class Incoming(io.RawIOBase):
         super().close()
 
 
-class Kept(NamedTuple):
-    """A connection for further requests.
-
-    Attributes:
-        owed: whether the HTTP answer to the last one is still to come.
-    """
-
-    sock: socket.socket
-    owed: bool = False
-
-    def is_settled(self) -> bool:
-        """Takes what it was owed and has come: whether that is a whole answer without a body."""
-        try:
-            answer = self.sock.recv(65536).lower()
-        except OSError:
-            return False
-        return (
-            answer.startswith(b"http/1.1 200 ")
-            and answer.find(b"\r\n\r\n") == len(answer) - 4
-            and b"\r\ncontent-length: 0\r\n" in answer
-            and b"\r\nconnection: close\r\n" not in answer
-        )
-
-
-class Transport(httpx.BaseTransport):
-    """Threads may share one: every request has a connection to itself."""
+class Transport:
+    """HTTP to one server. Threads may share one: every request has a connection to itself."""
 
     def __init__(self) -> None:
-        self._kept: collections.deque[Kept] = collections.deque()
+        self._kept: collections.deque[socket.socket] = collections.deque()
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        request.read()
-        return self.carry(Exchange(request))
-
-    def carry(self, exchange: Exchange) -> httpx.Response:
+    def carry(self, request: httpx.Request, waiting: Waiting) -> httpx.Response:
         """Sends a request, whose content has been read, and waits for the whole answer.
 
         Raises:
             httpx.TransportError: there was no connection, or no whole answer in time.
         """
-        exchange.begin()
-        kept = self._take_kept()
-        if kept is not None:
+        sock = self._take_kept()
+        if sock is not None:
             # The other end closes idle connections, perhaps at this moment: then once more.
             with contextlib.suppress(Unanswered):
-                return self._carry_over(kept, exchange)
-        return self._carry_over(_connect(exchange.request), exchange, again=kept is not None)
+                return self._carry_over(sock, request, waiting)
+        return self._carry_over(_connect(request.url, waiting.deadline), request, waiting)
 
     def close(self) -> None:
         while self._kept:
-            self._kept.pop().sock.close()
+            self._kept.pop().close()
 
     def _carry_over(
-        self, sock: socket.socket, exchange: Exchange, *, again: bool = False
+        self, sock: socket.socket, request: httpx.Request, waiting: Waiting
     ) -> httpx.Response:
-        kept = None
+        keep = False
         try:
-            response, kept = exchange.over(sock, again=again)
+            response, keep = waiting.over(sock, request)
             return response
         finally:
-            if kept is not None:
-                self._kept.append(kept)
+            if keep:
+                self._kept.append(sock)
             else:
                 sock.close()
 
     def _take_kept(self) -> socket.socket | None:
-        unsettled: list[Kept] = []
-        try:
+        with contextlib.suppress(IndexError):
             while True:
-                kept = self._kept.pop()
-                if not _readable(kept.sock):
-                    if not kept.owed:
-                        return kept.sock
-                    unsettled.append(kept)
+                sock = self._kept.pop()
                 # Where nothing is awaited, what can be read is the connection's end.
-                elif kept.owed and kept.is_settled():
-                    self._kept.append(Kept(kept.sock))
-                else:
-                    kept.sock.close()
-        except IndexError:
-            return None
-        finally:
-            self._kept.extendleft(unsettled)
+                if not readable(sock):
+                    return sock
+                sock.close()
+        return None
 
 
-def _readable(sock: socket.socket) -> bool:
+def readable(sock: socket.socket) -> bool:
+    """Whether something has come, its end included."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
-
-
-class AsyncTransport(httpx.AsyncBaseTransport):
-    """The same in threads, for asyncio. Cancelling a request closes its connection."""
-
-    def __init__(self) -> None:
-        self._transport = Transport()
-        self._threads = concurrent.futures.ThreadPoolExecutor(MAX_THREADS, "encoder-client")
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        await request.aread()
-        exchange = Exchange(request)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._transport.carry, exchange
-            )
-        except asyncio.CancelledError:
-            exchange.abandon()
-            raise
-
-    async def aclose(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._transport.close()
 
 
 def _head(request: httpx.Request) -> bytes:
@@ -296,12 +216,13 @@ def _head(request: httpx.Request) -> bytes:
     return b"\r\n".join([*lines, b"", b""])
 
 
-def _connect(request: httpx.Request) -> socket.socket:
-    url = request.url
+def _connect(url: httpx.URL, deadline: Deadline) -> socket.socket:
     secure = url.scheme == "https"
     with _as_httpx_errors(httpx.ConnectTimeout, httpx.ConnectError):
+        left = deadline.left()
         sock = socket.create_connection(
-            (url.host, url.port or (443 if secure else 80)), _timeout(request, "connect")
+            (url.host, url.port or (443 if secure else 80)),
+            CONNECT_TIMEOUT if left is None else min(left, CONNECT_TIMEOUT),
         )
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -316,10 +237,6 @@ def _connect(request: httpx.Request) -> socket.socket:
 @functools.cache
 def _tls_context() -> ssl.SSLContext:
     return httpx.create_ssl_context()
-
-
-def _timeout(request: httpx.Request, phase: str) -> float | None:
-    return request.extensions.get("timeout", {}).get(phase)
 
 
 def _body_of(answer: http.client.HTTPResponse) -> bytearray:

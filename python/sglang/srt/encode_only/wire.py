@@ -36,6 +36,10 @@ IN_MEMORY = "X-Encode-Memory-Bytes"
 """The header of an answer whose body, of so many bytes, is in the memory that the caller offered.
 """
 
+LINE = "X-Encode-Line"
+"""The header in which a server tells a caller on its host where its scheduler listens: `line.py`.
+"""
+
 MAX_BODY_BYTES = 16 << 20
 """The largest body of a request."""
 MAX_INPUTS = 2048
@@ -103,6 +107,69 @@ class EncodeRequest(
                     f"Input {i} is an empty list; give at least one token id.", param="input"
                 )
         return given
+
+    @property
+    def holds_texts(self) -> bool:
+        return isinstance(self.input, str) or isinstance(self.input[0], str)
+
+    def check_count(self) -> None:
+        """Raises RequestError where there are more inputs than one request may have."""
+        count = len(self.rows())
+        if count > MAX_INPUTS:
+            raise RequestError(
+                f"`input` has {count} inputs, but one request takes at most {MAX_INPUTS}; "
+                "send several.",
+                status=413,
+                param="input",
+            )
+
+    def limit(self, info: EncoderInfo) -> int:
+        """Most tokens that an input may have."""
+        if self.max_length is None:
+            return info.max_length
+        if not 1 <= self.max_length <= info.max_length:
+            raise RequestError(
+                f"`max_length` is {self.max_length}, but {info.model} takes 1 to "
+                f"{info.max_length} tokens.",
+                param="max_length",
+            )
+        return self.max_length
+
+    def inputs(self, rows: Sequence[Sequence[int]], info: EncoderInfo) -> list[EncodeInput]:
+        """The inputs, checked, of which `rows` are the token ids.
+
+        Raises:
+            RequestError: `info`'s encoder cannot take them.
+        """
+        limit = self.limit(info)
+        inputs = []
+        for i, (ids, spec) in enumerate(zip(rows, self.specs(len(rows)), strict=True)):
+            if len(ids) > limit:
+                raise RequestError(
+                    f"Input {i} has {len(ids)} tokens, but at most {limit} are taken; shorten "
+                    "it, or give it as a text with `truncate`.",
+                    param="input",
+                )
+            one = EncodeInput(token_ids=ids, spec=spec)
+            try:
+                one.check(info)
+            except RequestError as error:
+                where = f"Input {i}: " if len(rows) > 1 else ""
+                raise RequestError(
+                    f"{where}{error}", status=error.status, param=error.param
+                ) from None
+            inputs.append(one)
+        return inputs
+
+    def check_answer(self, inputs: Sequence[EncodeInput], info: EncoderInfo) -> None:
+        """Raises RequestError where the answer would be larger than any that is sent."""
+        size = answer_bytes(inputs, info, self.encoding_format)
+        if size > MAX_ANSWER_BYTES:
+            raise RequestError(
+                f"The answer would have about {size >> 20} MiB, but at most "
+                f"{MAX_ANSWER_BYTES >> 20} MiB are sent; ask for fewer inputs or layers.",
+                status=413,
+            )
 
     def specs(self, inputs: int) -> list[EncodeSpec]:
         """What is asked of each of `inputs` inputs."""
