@@ -148,7 +148,9 @@ def test_random_checkpoints(case: int, seed: int, tmp_path: Path, open_encoder: 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_attend_and_skip(architecture: str, seed: int, tmp_path: Path, open_encoder: Open) -> None:
     rng = random.Random(seed)
-    model = write_clip(tmp_path, random_text_config(rng), architecture, seed)
+    # A row of a few numbers rounds badly, in transformers too.
+    text = random_text_config(rng, hidden_size=80, num_attention_heads=4)
+    model = write_clip(tmp_path, text, architecture, seed)
     encoder = open_encoder(tmp_path)
     inputs, references = [], []
     for ids in random_prompts(rng, 20, model.config):

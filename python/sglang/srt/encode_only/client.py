@@ -401,7 +401,10 @@ def _read_outputs(
     memory: Memory | None,
 ) -> list[EncodeOutput]:
     try:
-        if memories is not None and memory is not None:
+        if memory is not None and response.status_code != 200:
+            # Of what a server refuses it may have begun a part, and write that yet.
+            memory.close()
+        elif memories is not None and memory is not None:
             size = response.headers.get(wire.IN_MEMORY)
             body = memories.answer(memory, size and int(size)) or body
     except ValueError as error:

@@ -213,7 +213,8 @@ class SchedulerLine:
     def write(self, rid: str, values: torch.Tensor) -> bool:
         """Whether one of srt's requests came by a line; then `values` are in its caller's memory.
 
-        The caller is told once its answer is whole.
+        The caller is told once its answer is whole. One who has been told something else already
+        may have other answers there.
 
         Args:
             values: `[values]`, on any device.
@@ -221,9 +222,12 @@ class SchedulerLine:
         call = self._calls.get(rid)
         if call is None:
             return False
+        offset = call.missing.pop(rid)
+        if call.caller is None:
+            return True
         plain = values.as_subclass(torch.Tensor).contiguous()
-        call.memory.write(plain.view(torch.uint8), call.missing.pop(rid))
-        if not call.missing and call.caller is not None:
+        call.memory.write(plain.view(torch.uint8), offset)
+        if not call.missing:
             self._answer(call, success(call.size))
             if self._observe is not None:
                 self._observe(call.tokens, time.perf_counter() - call.since)
@@ -416,14 +420,10 @@ def tell(info: EncoderInfo, updates: int) -> str | None:
         updates: how many updates of weights have ended.
 
     Returns:
-        What a caller begins with; None where there is no line, since the tokenizer manager has to
-        see every request: it logs and traces them, and where there are several schedulers chooses
-        between them.
+        What a caller begins with; None where there is no line.
     """
-    keys, parallel, seen = _Keys.own(), get_parallel(), get_observability()
-    if keys is None or parallel.dp_size > 1 or parallel.pp_size > 1:
-        return None
-    if seen.log_requests or seen.enable_trace:
+    keys = _keys_in_use()
+    if keys is None:
         return None
     message = msgspec.json.encode(_Served(info, updates))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
@@ -440,13 +440,21 @@ def tell(info: EncoderInfo, updates: int) -> str | None:
 def open_line() -> None:
     """Listens, in a scheduler that receives requests, if it is a server's."""
     global _line
-    keys = _Keys.own()
+    keys = _keys_in_use()
     if keys is None:
         return
     try:
         _line = SchedulerLine(keys)
     except OSError as error:
         logger.info("Token ids come by HTTP, since there is no other way to listen: %s.", error)
+
+
+def _keys_in_use() -> _Keys | None:
+    """Those of this process's server; None where its tokenizer manager has to see every request: it
+    logs and traces them, and of several schedulers chooses one."""
+    parallel, seen = get_parallel(), get_observability()
+    several = parallel.dp_size > 1 or parallel.pp_size > 1
+    return None if several or seen.log_requests or seen.enable_trace else _Keys.own()
 
 
 def current() -> SchedulerLine | None:
