@@ -13,54 +13,76 @@ from families import FAMILIES
 from pictures import STOCK, Pictures, Runs, difference
 from sglang.srt.encode_only.local_server import LocalServer
 
+RANKS = {"one rank": {}, "two ranks": {"num_gpus": 2, "ulysses_degree": 2}}
+"""How many diffusion workers make a picture. Stock's SD3 and Z-Image make another one with two."""
 NO_SOFT_CAP = ("--json-model-override-args", '{"attn_logit_softcapping": null}')
 TOGETHER = [("FLUX.1", "SD3", "HunyuanVideo"), ("Sana", "Z-Image", "Qwen-Image")]
 """Families whose servers run at the same time, as far as a small machine has memory."""
+
+ByRanks = dict[str, dict[str, Pictures]]
 
 
 @pytest.fixture(scope="module")
 def runs(
     family_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Runs, Runs]]:
-    """By stock sglang, and with every encoder on srt in the worker; both at once."""
+) -> Iterator[dict[str, tuple[Runs, Runs]]]:
+    """By stock sglang, and with every encoder on srt in the worker, by the number of ranks."""
     scratch = tmp_path_factory.mktemp("pictures")
-    native, srt = (
-        [(family_folders[name], f.options | place, f.plan()) for name, f in FAMILIES.items()]
-        for place in ({}, {"srt_encoders": "srt"})
-    )
-    both = Runs(scratch / "native", native, **STOCK), Runs(scratch / "srt", srt)
-    yield both
-    for one in both:
-        one.end()
+    started = {}
+    with contextlib.ExitStack() as stack:
+        for ranks, options in RANKS.items():
+            native, srt = (
+                [
+                    (family_folders[name], family.options | options | place, family.plan())
+                    for name, family in FAMILIES.items()
+                ]
+                for place in ({}, {"srt_encoders": "srt"})
+            )
+            # Two at once, which are as many as there are cores.
+            for earlier in started.values():
+                for one in earlier:
+                    one.wait()
+            stack.callback((first := Runs(scratch / f"native, {ranks}", native, **STOCK)).end)
+            stack.callback((second := Runs(scratch / f"srt, {ranks}", srt)).end)
+            started[ranks] = first, second
+        yield started
 
 
 @pytest.fixture(scope="module")
-def native(runs: tuple[Runs, Runs]) -> dict[str, Pictures]:
-    return dict(zip(FAMILIES, runs[0].pictures(), strict=True))
+def native(runs: dict[str, tuple[Runs, Runs]]) -> ByRanks:
+    return {
+        ranks: dict(zip(FAMILIES, stock.pictures(), strict=True))
+        for ranks, (stock, _) in runs.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def in_worker(runs: tuple[Runs, Runs]) -> dict[str, Pictures]:
-    return dict(zip(FAMILIES, runs[1].pictures(), strict=True))
+def in_worker(runs: dict[str, tuple[Runs, Runs]]) -> ByRanks:
+    return {
+        ranks: dict(zip(FAMILIES, srt.pictures(), strict=True)) for ranks, (_, srt) in runs.items()
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_decide_the_pictures(family: str, native: dict[str, Pictures]) -> None:
+def test_prompts_decide_the_pictures(family: str, native: ByRanks) -> None:
     """Else the other tests here would show little."""
-    pictures = native[family]
-    for name in pictures.keys() - {"sentence.0", "both.0", "both.1"}:
-        assert np.abs(pictures["sentence.0"] - pictures[name]).max() > 4, name
+    for made in native.values():
+        pictures = made[family]
+        for name in pictures.keys() - {"sentence.0", "both.0", "both.1"}:
+            assert np.abs(pictures["sentence.0"] - pictures[name]).max() > 4, name
 
 
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_the_worker(
     family: str,
-    native: dict[str, Pictures],
-    in_worker: dict[str, Pictures],
-    runs: tuple[Runs, Runs],
+    ranks: str,
+    native: ByRanks,
+    in_worker: ByRanks,
+    runs: dict[str, tuple[Runs, Runs]],
 ) -> None:
-    assert difference(in_worker[family], native[family]) <= 1
-    placed = runs[1].output().count("srt in the diffusion worker")
+    assert difference(in_worker[ranks][family], native[ranks][family]) <= 1
+    placed = runs[ranks][1].output().count("srt in the diffusion worker")
     assert placed == sum(f.encoders for f in FAMILIES.values())
 
 
@@ -68,11 +90,12 @@ def test_in_the_worker(
 def on_servers(
     request: pytest.FixtureRequest,
     family_folders: dict[str, Path],
-    native: dict[str, Pictures],
-    in_worker: dict[str, Pictures],
+    native: ByRanks,
+    in_worker: ByRanks,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Pictures]:
-    """Of some families, with a server for each of their encoders; those in common serve both."""
+    """Of some families, by two ranks, with a server for each of their encoders; those in common
+    serve both."""
     scratch = tmp_path_factory.mktemp("servers")
     encoders = {
         name: {c: (family_folders[name] / c).resolve() for c in FAMILIES[name].components}
@@ -100,7 +123,7 @@ def on_servers(
             [
                 (
                     family_folders[name],
-                    FAMILIES[name].options | {"srt_encoders": place},
+                    FAMILIES[name].options | RANKS["two ranks"] | {"srt_encoders": place},
                     FAMILIES[name].plan(),
                 )
                 for name, place in places.items()
@@ -110,6 +133,6 @@ def on_servers(
         return dict(zip(request.param, runs.pictures(), strict=True))
 
 
-def test_on_servers(on_servers: dict[str, Pictures], native: dict[str, Pictures]) -> None:
+def test_on_servers(on_servers: dict[str, Pictures], native: ByRanks) -> None:
     for family, pictures in on_servers.items():
-        assert difference(pictures, native[family]) <= 1, family
+        assert difference(pictures, native["two ranks"][family]) <= 1, family
