@@ -33,6 +33,7 @@ from service import Service
 from sglang.srt.encode_only.local_server import LocalServer
 
 import tiny_pipelines
+from routing import routing
 
 
 @pytest.fixture(scope="session")
@@ -106,17 +107,20 @@ def wan_runs(
     native_wan: Pictures,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Runs]:
-    """UMT5 in the worker; then on two servers, of which one is down."""
+    """UMT5 in the worker; then on two servers, of which one is down; then behind a router."""
     servers = f"text_encoder={Relay().url},{wan_server.url}"
-    runs = Runs(
-        tmp_path_factory.mktemp("srt") / "runs",
-        [
-            (wan, WAN_FLOAT32 | {"srt_encoders": "srt"}),
-            (without_encoder_weights, WAN_FLOAT32 | {"srt_encoders": servers}),
-        ],
-    )
-    yield runs
-    runs.end()
+    scratch = tmp_path_factory.mktemp("srt")
+    with routing(scratch / "router.txt", wan_server.url) as router:
+        runs = Runs(
+            scratch / "runs",
+            [
+                (wan, WAN_FLOAT32 | {"srt_encoders": "srt"}),
+                (without_encoder_weights, WAN_FLOAT32 | {"srt_encoders": servers}),
+                (without_encoder_weights, WAN_FLOAT32 | {"srt_encoders": router}),
+            ],
+        )
+        yield runs
+        runs.end()
 
 
 @pytest.fixture(scope="session")

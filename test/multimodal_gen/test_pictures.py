@@ -24,6 +24,10 @@ def test_umt5_on_servers_of_which_one_is_down(native_wan: Pictures, wan_pictures
     assert difference(wan_pictures[1], native_wan) <= 1
 
 
+def test_umt5_behind_a_router(native_wan: Pictures, wan_pictures: list[Pictures]):
+    assert difference(wan_pictures[2], native_wan) <= 1
+
+
 def test_t5_in_the_worker_by_command_line(native_flux: Pictures, flux_command: Program):
     log = flux_command.wait()
     made = sorted(flux_command.log.parent.glob("*.png"), key=lambda file: file.stat().st_mtime_ns)

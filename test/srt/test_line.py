@@ -378,6 +378,15 @@ def test_a_router_is_not_passed_by(t5_server):
     assert sum(b"POST /v1/encode" in data for data in passed) == 3
 
 
+def test_a_line_that_is_elsewhere(t5_server):
+    """As at the other end of a tunnel, where the server has the same port."""
+    with EncoderClient(t5_server.url) as client:
+        assert client._lines is not None
+        for header in (f"{t5_server.port} {'0' * 64}", f"{t5_server.port}", "x y", "1 2 3"):
+            client._lines.learn(httpx.Response(200, headers={wire.LINE: header}))
+            assert client.encode(IDS)[0].prompt_tokens == 3
+
+
 def test_new_weights(t5_server, t5_folder, client, by_http):
     """Are told of from the first answer on, by the line as by HTTP."""
     seen = [client.encode(IDS)[0].encoder]

@@ -71,6 +71,7 @@ class EncoderClient:
         self.base_url = base_url
         self._timeout = timeout
         self._requests = _Requests(base_url, api_key)
+        self._routed = False
         self._transport = Transport()
         here = share_memory and _is_here(base_url)
         self._memories = Memories() if here else None
@@ -187,17 +188,41 @@ class EncoderClient:
                 if self._memories is not None and memory is not None:
                     self._memories.answer(memory, None)
                 return None
-        content = next(response.iter_raw(), b"")
+        content = _content(response)
         return _read_outputs(self.base_url, request, response, content, self._memories, memory)
 
     def _by_http(
         self, waiting: Waiting, method: str, body: bytes | None = None
     ) -> tuple[httpx.Response, bytes]:
         with _unavailable(self.base_url):
-            response = self._transport.carry(self._requests.make(method, body), waiting)
+            response = self._send(waiting, method, body)
+            content = _content(response)
+            if response.status_code == 404 and not (content or self._routed):
+                # So does sglang's router answer.
+                routed = self._past_router(waiting, method, body)
+                if routed is not None:
+                    response, content = routed, _content(routed)
             if self._lines is not None:
                 self._lines.learn(response)
-            return response, next(response.iter_raw(), b"")
+            return response, content
+
+    def _past_router(
+        self, waiting: Waiting, method: str, body: bytes | None
+    ) -> httpx.Response | None:
+        """The answer by the route that a router passes on, if there is one before an encoder."""
+        with contextlib.suppress(httpx.TransportError):
+            response = self._send(waiting, method, body, routed=True)
+            self._routed = wire.OURS in response.headers
+            # At the moment a router may have no encoder.
+            if self._routed or response.status_code >= 500:
+                return response
+        return None
+
+    def _send(
+        self, waiting: Waiting, method: str, body: bytes | None, *, routed: bool = False
+    ) -> httpx.Response:
+        request = self._requests.make(method, body, routed=routed or self._routed)
+        return self._transport.carry(request, waiting)
 
     def _begun(self, waiting: Waiting | None, timeout: float | None) -> Waiting:
         waiting = waiting or Waiting()
@@ -307,8 +332,17 @@ class _Requests:
             request = next(httpx.BasicAuth(url.username, url.password).auth_flow(request))
         return request
 
-    def make(self, method: str, content: bytes | None) -> httpx.Request:
+    def make(self, method: str, content: bytes | None, *, routed: bool = False) -> httpx.Request:
+        if routed:
+            url = self._first.url.copy_with(path=wire.ROUTED)
+            return httpx.Request(
+                "POST", url, headers=self._first.headers, content=wire.write_routed(content)
+            )
         return httpx.Request(method, self._first.url, headers=self._first.headers, content=content)
+
+
+def _content(response: httpx.Response) -> bytes:
+    return next(response.iter_raw(), b"")
 
 
 Group = tuple[wire.EncodeRequest, list[int]]

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Coroutine
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine
 from ipaddress import ip_address
 from typing import Any
 
@@ -57,6 +57,9 @@ def install(app: FastAPI) -> None:
     # In front of srt's own, which are compared with a path one after another; and a generating
     # stream's error would follow a status of 200. FastAPI's route for POST documents what the first
     # one serves, in whose place it would look for parameters.
+    for route in routes:
+        if isinstance(route, Route) and route.path == wire.ROUTED:
+            route.app = _Routed(route.app)
     routes[:0] = [
         Route(wire.ROUTE, encode, methods=["POST"]),
         *own,
@@ -79,9 +82,12 @@ async def info(request: Request) -> Response:
 @router.post(wire.ROUTE, response_class=Response, openapi_extra={"requestBody": _REQUEST_BODY})
 async def encode(request: Request) -> Response:
     """Hidden states of texts or token ids, as tensors."""
+    return await _respond(request.stream(), request)
+
+
+async def _respond(content: AsyncIterable[bytes], request: Request) -> Response:
     try:
-        body = await _body(request)
-        return await _unless_gone(request, _answer(body, request))
+        return await _unless_gone(request, _answer(await _body(content), request))
     except RequestError as error:
         return _refusal(error)
     except ClientDisconnect:
@@ -89,6 +95,44 @@ async def encode(request: Request) -> Response:
     except Exception:
         logger.exception("An encode request failed.")
         return _refusal(RequestError("Internal error; the server's log has it.", status=500))
+
+
+class _Routed:
+    """ASGI application around srt's for embeddings: takes out of it what a router has passed on."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return
+        carried = wire.read_routed(body)
+        if carried is None:
+            await self.app(scope, _replayed(body, receive), send)
+            return
+        if carried.strip(b"{} \t\r\n"):
+            response = await _respond(_whole(carried), request)
+        else:
+            response = await info(request)
+        response.headers[wire.OURS] = "1"
+        await response(scope, receive, send)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """`receive` of a request whose body has been read."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+async def _whole(content: bytes) -> AsyncIterator[bytes]:
+    yield content
 
 
 @router.api_route(
@@ -151,14 +195,14 @@ def _service() -> EncodeService:
     return service_of(get_global_state().tokenizer_manager)
 
 
-async def _body(request: Request) -> bytearray:
+async def _body(content: AsyncIterable[bytes]) -> bytearray:
     """The body, as far as it is within the limit.
 
     What is over it is read and dropped: a caller who is still sending would see a broken
     connection in place of the answer.
     """
     body, size = bytearray(), 0
-    async for chunk in request.stream():
+    async for chunk in content:
         size += len(chunk)
         if size <= wire.MAX_BODY_BYTES:
             body += chunk

@@ -292,10 +292,15 @@ class KeptServer:
             raise RuntimeError(f"The server of {self.label} does not start. {answer['error']}")
         return answer["url"]
 
+    def stop(self) -> None:
+        """Begins to stop it."""
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.close()
+
     def close(self, grace: float = 60.0) -> None:
         """Stops it, and waits until all that it started is gone."""
-        assert self._keeper.stdin is not None and self._keeper.stdout is not None
-        self._keeper.stdin.close()
+        assert self._keeper.stdout is not None
+        self.stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._keeper.wait(grace)
         self._keeper.kill()

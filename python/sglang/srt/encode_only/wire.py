@@ -28,6 +28,10 @@ from sglang.srt.encode_only.request import (
 from sglang.srt.encode_only.shared_memory import Offer
 
 ROUTE = "/v1/encode"
+ROUTED = "/v1/embeddings"
+"""OpenAI's route, on which sglang's router passes a request on, as it does on no route of ours. Its
+`input` is then the request, an object; an empty one asks what the encoder is.
+"""
 
 SAFETENSORS = "application/x-safetensors"
 JSON = "application/json"
@@ -35,6 +39,9 @@ JSON = "application/json"
 IN_MEMORY = "X-Encode-Memory-Bytes"
 """The header of an answer whose body, of so many bytes, is in the memory that the caller offered.
 """
+
+OURS = "X-Encode-Answer"
+"""The header of an answer by `ROUTED` to what was asked of an encoder."""
 
 LINE = "X-Encode-Line"
 """The header in which a server tells a caller on its host where its scheduler listens: `line.py`.
@@ -226,6 +233,24 @@ def make_request(**fields: Any) -> EncodeRequest:
 
 def write_request(request: EncodeRequest) -> bytes:
     return msgspec.json.encode(request)
+
+
+class _Routed(msgspec.Struct):
+    input: msgspec.Raw = msgspec.Raw(b"")
+
+
+def write_routed(body: bytes | None) -> bytes:
+    """What carries a request by `ROUTED`; None asks what the encoder is."""
+    return b'{"model": "", "input": %s}' % (body or b"{}")
+
+
+def read_routed(body: bytes) -> bytes | None:
+    """The request in what came by `ROUTED`; None where that is OpenAI's own."""
+    try:
+        carried = bytes(msgspec.json.decode(body, type=_Routed).input).strip()
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return carried if carried.startswith(b"{") else None
 
 
 def _misunderstood(error: msgspec.ValidationError) -> RequestError:

@@ -193,6 +193,8 @@ def _servers(encoders: list[TextEncoder], host: str) -> Iterator[list[TextEncode
             logger.info("Starting a server for %s (%s).", one.component, one.architecture)
             started[one.component] = server = one.start(host, placement.port)
             stack.callback(server.close)
+        # All at once: each waits for seconds before it ends.
+        stack.callback(lambda: [server.stop() for server in started.values()])
         urls = {component: server.wait_until_ready() for component, server in started.items()}
         yield [
             msgspec.structs.replace(one, placement=Servers((urls[one.component],), local=True))

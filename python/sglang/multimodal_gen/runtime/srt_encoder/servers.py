@@ -90,7 +90,7 @@ class EncodeServers:
         self._timeout = timeout
         self._patience = patience
         # By URL, as an answer last had it.
-        self._weights: dict[str, str] = {}
+        self._weights: dict[str, set[str]] = {}
         self._changed = False
         self.updates = 0
 
@@ -191,9 +191,10 @@ class EncodeServers:
 
     def _note(self, client: EncoderClient, found: EncoderInfo) -> None:
         with self._lock:
-            before = self._weights.setdefault(client.base_url, found.weights)
-            self._weights[client.base_url] = found.weights
-            if before != found.weights:
+            # Behind one URL there may be several servers, which answer by turns.
+            known = self._weights.setdefault(client.base_url, {found.weights})
+            if found.weights not in known:
+                known.add(found.weights)
                 self._changed = True
                 self.updates += 1
 
