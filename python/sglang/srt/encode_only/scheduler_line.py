@@ -81,6 +81,9 @@ _UPDATES = (
     UpdateWeightsFromTensorReqInput,
 )
 
+_NEEDS_PEACE = (ShutdownReq, ReleaseMemoryOccupationReqInput, *_UPDATES)
+"""What comes when no request is under way, as far as the tokenizer manager knows."""
+
 _line: SchedulerLine | None = None
 
 
@@ -175,7 +178,9 @@ class SchedulerLine:
         self._info: EncoderInfo | None = None
         self._updates = 0
         self._open = True
-        self._shutdown: list[ShutdownReq] = []
+        self._paused = False
+        self._in_peace = True
+        self._waiting_for_peace: list[Any] = []
 
     def fileno(self) -> int:
         """A descriptor that can be read once somebody has said something."""
@@ -188,6 +193,8 @@ class SchedulerLine:
                 self._open = True
             elif isinstance(one, _STOPS) or (isinstance(one, AbortReq) and one.abort_all):
                 self._open = False
+            if isinstance(one, (PauseGenerationReqInput, ContinueGenerationReqInput)):
+                self._paused = isinstance(one, PauseGenerationReqInput)
         asked: list[Any] = []
         # Of a new caller the connection, its key, its request.
         for _ in range(3):
@@ -208,7 +215,7 @@ class SchedulerLine:
             self._info = None
         asked += self._aborts
         self._aborts.clear()
-        return self._until_answered([*received, *asked])
+        return self._in_time([*received, *asked])
 
     def write(self, rid: str, values: torch.Tensor) -> bool:
         """Whether one of srt's requests came by a line; then `values` are in its caller's memory.
@@ -265,16 +272,19 @@ class SchedulerLine:
         if served.updates >= self._updates:
             self._info = served.info
 
-    def _until_answered(self, received: list[Any]) -> list[Any]:
-        """`received`, of which a shutdown waits until all calls are answered."""
-        self._shutdown += [one for one in received if isinstance(one, ShutdownReq)]
-        if not self._shutdown:
-            return received
-        received = [one for one in received if not isinstance(one, ShutdownReq)]
-        self._open = False
-        if not self._calls:
-            received += self._shutdown
-            self._shutdown = []
+    def _in_time(self, received: list[Any]) -> list[Any]:
+        """`received`, of which what needs peace waits until all calls are answered, and once more,
+        when the scheduler no longer holds their batch. A scheduler that is paused answers none."""
+        waiting = self._waiting_for_peace
+        waiting += [one for one in received if isinstance(one, _NEEDS_PEACE)]
+        if waiting:
+            # What came with it has been heard.
+            self._open &= not any(isinstance(one, ShutdownReq) for one in waiting)
+            received = [one for one in received if not isinstance(one, _NEEDS_PEACE)]
+            if self._paused or (self._in_peace and not self._calls):
+                received += waiting
+                waiting.clear()
+        self._in_peace = not self._calls
         return received
 
     def _accept(self) -> None:
