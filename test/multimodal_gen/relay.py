@@ -51,13 +51,15 @@ class Relay:
                 _copy(caller, other, relay._count)
                 back.join()
 
-        with self._serving(PassOn):
-            yield
-        for end in ends:
-            # Closing alone leaves a connection open while a thread reads it.
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
+        try:
+            with self._serving(PassOn):
+                yield
+        finally:
+            for end in ends:
+                # Closing alone leaves a connection open while a thread reads it.
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
 
     @contextlib.contextmanager
     def damaging(self, url: str, damage: Damage) -> Iterator[None]:

@@ -179,15 +179,18 @@ class SchedulerLine:
         self._updates = 0
         self._open = True
         self._paused = False
-        self._in_peace = True
         self._waiting_for_peace: list[Any] = []
 
     def fileno(self) -> int:
         """A descriptor that can be read once somebody has said something."""
         return self._epoll.fileno()
 
-    def join(self, received: list[Any]) -> list[Any]:
-        """What srt has received, and what has come by lines."""
+    def join(self, received: list[Any], holds_batch: bool) -> list[Any]:
+        """What srt has received, and what has come by lines.
+
+        Args:
+            holds_batch: whether the scheduler is not done with its last batch.
+        """
         for one in received:
             if isinstance(one, _GOES_ON):
                 self._open = True
@@ -215,7 +218,7 @@ class SchedulerLine:
             self._info = None
         asked += self._aborts
         self._aborts.clear()
-        return self._in_time([*received, *asked])
+        return self._in_time([*received, *asked], holds_batch)
 
     def write(self, rid: str, values: torch.Tensor) -> bool:
         """Whether one of srt's requests came by a line; then `values` are in its caller's memory.
@@ -272,19 +275,18 @@ class SchedulerLine:
         if served.updates >= self._updates:
             self._info = served.info
 
-    def _in_time(self, received: list[Any]) -> list[Any]:
-        """`received`, of which what needs peace waits until all calls are answered, and once more,
-        when the scheduler no longer holds their batch. A scheduler that is paused answers none."""
+    def _in_time(self, received: list[Any], holds_batch: bool) -> list[Any]:
+        """`received`, of which what needs peace waits for it: until all calls are answered, and the
+        last batch is done with. A scheduler that is paused answers none."""
         waiting = self._waiting_for_peace
         waiting += [one for one in received if isinstance(one, _NEEDS_PEACE)]
         if waiting:
             # What came with it has been heard.
             self._open &= not any(isinstance(one, ShutdownReq) for one in waiting)
             received = [one for one in received if not isinstance(one, _NEEDS_PEACE)]
-            if self._paused or (self._in_peace and not self._calls):
+            if self._paused or not (self._calls or holds_batch):
                 received += waiting
                 waiting.clear()
-        self._in_peace = not self._calls
         return received
 
     def _accept(self) -> None:
@@ -476,7 +478,8 @@ def receive(received: list[Any] | None, self: SchedulerRequestReceiver) -> list[
     """AFTER `SchedulerRequestReceiver._pull_raw_reqs`: what comes by lines is with it."""
     if _line is None or received is None:
         return received
-    return _line.join(received)
+    last = self.get_last_batch()
+    return _line.join(received, last is not None and not last.is_empty())
 
 
 def answer(original: Any, self: SchedulerOutputStreamer, reqs: list[Req]) -> None:
