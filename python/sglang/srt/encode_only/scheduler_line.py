@@ -424,29 +424,33 @@ def make_keys() -> None:
     os.environ[_KEYS] = f"{secrets.token_hex(32)} {secrets.token_hex(32)}"
 
 
-@functools.lru_cache(maxsize=1)
 def tell(info: EncoderInfo, updates: int) -> str | None:
-    """Tells the scheduler what its callers are told.
+    """Tells the scheduler what its callers are told, once.
 
     Args:
         updates: how many updates of weights have ended.
 
     Returns:
-        What a caller begins with; None where there is no line.
+        What a caller begins with; None where there is no line, or the scheduler takes nobody now.
     """
     keys = _keys_in_use()
     if keys is None:
         return None
-    message = msgspec.json.encode(_Served(info, updates))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        try:
-            sock.setblocking(False)
-            sock.connect(name_of(keys.callers))
-            sock.send(keys.server.encode() + b" " + message)
-        except OSError as error:
-            logger.info("Token ids come by HTTP, since the scheduler does not listen: %s.", error)
-            return None
+    try:
+        _tell(keys, _Served(info, updates))
+    except OSError as error:
+        # It is tried again for the next answer.
+        logger.debug("The scheduler is not told what it serves: %s.", error)
+        return None
     return keys.callers
+
+
+@functools.lru_cache(maxsize=1)
+def _tell(keys: _Keys, served: _Served) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.setblocking(False)
+        sock.connect(name_of(keys.callers))
+        sock.send(keys.server.encode() + b" " + msgspec.json.encode(served))
 
 
 def open_line() -> None:
