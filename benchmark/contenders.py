@@ -298,9 +298,9 @@ def transformers(
 
 
 @contextlib.contextmanager
-def transformers_sorted(checkpoint: Checkpoint) -> Iterator[Running]:
+def transformers_sorted(checkpoint: Checkpoint, *, compiled: bool = False) -> Iterator[Running]:
     """transformers, prompts of similar length together, in as many at a time as was fastest."""
-    with transformers(checkpoint) as running:
+    with transformers(checkpoint, compiled=compiled) as running:
         best: dict[int, int] = {}
 
         def in_parts(batch: Batch, size: int) -> list[torch.Tensor]:
@@ -338,5 +338,6 @@ CONTENDERS = {
     "transformers, flex": Contender(partial(transformers, attention="flex_attention"), "equal"),
     "transformers, compiled": Contender(partial(transformers, compiled=True), "equal"),
     "transformers, sorted": Contender(transformers_sorted),
+    "transformers, compiled, sorted": Contender(partial(transformers_sorted, compiled=True)),
     "native": Contender(native, slow=True),
 }

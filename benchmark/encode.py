@@ -18,6 +18,7 @@ import dataclasses
 import gc
 import random
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -147,6 +148,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="a folder for README.md and its plots")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(words)
+    if args.text is not None and not args.text.is_file():
+        parser.error(f"--text: there is no file {args.text}; give one with a prompt on each line")
     args.entries = {name: CONTENDERS[name] for name in args.contenders}
     try:
         args.entries |= dict(map(by_url.parse, args.url))
@@ -358,4 +361,6 @@ def summary(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    # An exception, so that servers stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmark.encode: ended by a signal"))
     main()

@@ -13,8 +13,8 @@ from benchmark.arrivals import Served
 from benchmark.roofline import Prediction, Roofline
 from benchmark.workloads import Arrivals, Workload
 
-DIVIDED = ("native", "transformers, sorted", "in process, one prompt")
-BY = ("in process", "server")
+OURS = ("in process", "server")
+"""By whose time a token that of every other is divided."""
 
 
 class Work(NamedTuple):
@@ -43,9 +43,16 @@ class Measured:
     def median(self, name: str) -> float:
         return statistics.median(self.times[name])
 
+    def seconds_a_token(self, name: str) -> float:
+        return self.median(name) / self.work[name].tokens
+
     @property
     def best_products(self) -> float:
-        return min(self.median(name) for name in self.times if name.startswith("products"))
+        return min(self.median(name) for name in self.times if _is_products(name))
+
+
+def _is_products(name: str) -> bool:
+    return name.startswith("products")
 
 
 @dataclasses.dataclass
@@ -162,11 +169,17 @@ class Report:
                 f"| {work.tokens / median:.0f} | {work.operations / median / 1e9:.0f} | {error} |"
             )
         lines.append("")
-        for other in DIVIDED:
-            for name in BY:
-                if other in one.times and name in one.times:
-                    ratio = one.median(other) / one.median(name)
-                    lines += [f"{other} / {name}: {ratio:.3g}", ""]
+        ours = [name for name in OURS if name in one.times]
+        others = [name for name in one.times if name not in OURS and not _is_products(name)]
+        if ours and others:
+            lines += [
+                f"| time a token, divided by that of | {' | '.join(ours)} |",
+                "|---" * (len(ours) + 1) + "|",
+            ]
+            for other in sorted(others, key=one.median):
+                ratios = (one.seconds_a_token(other) / one.seconds_a_token(own) for own in ours)
+                lines.append(f"| {other} | {' | '.join(f'{ratio:.3g}' for ratio in ratios)} |")
+            lines.append("")
         return lines
 
     def _served(self) -> list[str]:

@@ -48,6 +48,12 @@ def test_the_worker_shares_what_its_parent_has_imported(service: Service):
     assert memory.uss < memory.rss / 2, memory
 
 
+def test_an_idle_worker_leaves_its_core_to_others(service: Service):
+    """Upstream's polls."""
+    [worker] = psutil.Process(service.process.pid).children()
+    assert worker.cpu_percent(interval=3) < 50
+
+
 @pytest.mark.parametrize("modules", [None, ["text_encoder"], ["transformer", "text_encoder_2"]])
 def test_a_weight_update_of_an_encoder_on_srt_is_refused(
     service: Service, flux: Path, modules: list[str] | None

@@ -2,8 +2,9 @@
 
 Stock's CPU platform runs everything in plain torch except two fused norms of the video
 transformers, which exist in a CPU build of sgl-kernel only; no wheel has it. This file gives
-torch those two operators, and lets workers be forks of the process that starts them, which has
-imported all that they need. srt on a CPU is in `srt/platforms/portable_cpu.py`.
+torch those two operators, lets workers be forks of the process that starts them, which has
+imported all that they need, and has them sleep while they are idle. srt on a CPU is in
+`srt/platforms/portable_cpu.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import importlib
 import multiprocessing
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from sglang.srt.encode_only import launch, seams
 from sglang.srt.encode_only.plugin import supports_installed_sglang
+
+if TYPE_CHECKING:
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
 
 def define_missing_operators() -> None:
@@ -116,6 +120,11 @@ def fork_workers(original: Any, *args: Any, **kwargs: Any) -> Any:
         _in_place_of(worker_bootstrap, "_warn_if_runtime_imported_early", lambda: None),
     ):
         return original(*args, **kwargs)
+
+
+def sleep_on_idle(_: None, self: ServerArgs) -> None:
+    """AFTER `ServerArgs._adjust_platform_specific`: as `--sleep-on-idle` says."""
+    self.sleep_on_idle = True
 
 
 @contextlib.contextmanager

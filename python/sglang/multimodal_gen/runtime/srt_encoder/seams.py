@@ -199,6 +199,17 @@ PORTABLE_CPU: tuple[Seam, ...] = (
         upstream="`fork` as the start method of a CPU's platform, where the caller is a server",
     ),
     Seam(
+        target="sglang.multimodal_gen.runtime.server_args.server_args"
+        ":ServerArgs._adjust_platform_specific",
+        kind="after",
+        hook="sglang.multimodal_gen.runtime.platforms.portable_cpu:sleep_on_idle",
+        parameters=("self",),
+        process="diffusion",
+        reason="A worker that polls while it has nothing to do takes a core from encoders on the "
+        "same CPU.",
+        upstream="--sleep-on-idle as the default where the platform is a CPU, as in srt",
+    ),
+    Seam(
         target="sglang.multimodal_gen.runtime.disaggregation.scheduler_mixin"
         ":SchedulerDisaggMixin._init_disagg_state",
         kind="around",
