@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(VENV)/package
 	@$(BIN)/python examples/demo.py
 
-# The diffusion runtime polls while it is idle, so its tests have the machine to themselves.
+# A diffusion test keeps several processes busy, so these tests have the machine to themselves.
 test: lint
 	$(BIN)/python -m pytest test/srt --numprocesses 2 --dist loadfile --durations=10
 	$(BIN)/python -m pytest test/multimodal_gen --durations=10

@@ -56,6 +56,8 @@ class Running:
         seconds: how long that takes, where it is not to be measured from here.
         states: whether it gives the states of tokens, and not a vector a prompt.
         is_server: whether several prompts may be under way at once.
+        rest: for how many seconds after an answer it keeps cores busy, which is not to slow down
+            who is measured next.
         note: what there is to know about it.
     """
 
@@ -63,6 +65,7 @@ class Running:
     seconds: Callable[[Batch], float] | None = None
     states: bool = True
     is_server: bool = False
+    rest: float = 0.0
     note: str = ""
 
     def time(self, batch: Batch) -> float:

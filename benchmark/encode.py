@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -350,6 +351,7 @@ def time_all(
                     bar.update()
                     try:
                         one.times[name].append(run())
+                        time.sleep(running[name].rest if name in running else 0)
                     # Servers elsewhere refuse, or go away.
                     except Exception as error:
                         report.left_out.append(f"{name}, {one.workload.label}: {summary(error)}")

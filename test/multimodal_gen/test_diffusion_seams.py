@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,22 +33,36 @@ print("CHECKED", len(SEAMS))
 """
 
 
-def test_every_seam_fits_and_one_that_does_not_is_named() -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", CHECK_ALL], capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 0, process.stderr
-    assert "CHECKED 22" in process.stdout
+SGLANG = str(Path(sys.executable).with_name("sglang"))
+PROGRAMS = {
+    "seams": ([sys.executable, "-c", CHECK_ALL], {}),
+    "help": ([SGLANG, "generate", "--help"], {}),
+    "help, platform named": ([SGLANG, "generate", "--help"], {"SGLANG_PLATFORM": "portable_cpu"}),
+}
 
 
-@pytest.mark.parametrize("environment", [{}, {"SGLANG_PLATFORM": "portable_cpu"}])
-def test_the_command_line_knows_the_flag(environment: dict[str, str]) -> None:
-    sglang = Path(sys.executable).with_name("sglang")
-    process = subprocess.run(
-        [sglang, "generate", "--help"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | environment,
-    )
-    assert "--srt-encoders" in process.stdout, process.stderr
+@pytest.fixture(scope="module")
+def ended() -> dict[str, subprocess.CompletedProcess[str]]:
+    """PROGRAMS, run at once, since each imports for most of its time."""
+
+    def run(program: tuple[list[str], dict[str, str]]) -> subprocess.CompletedProcess[str]:
+        command, environment = program
+        environment = os.environ | environment
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(PROGRAMS, threads.map(run, PROGRAMS.values()), strict=True))
+
+
+def test_every_seam_fits_and_one_that_does_not_is_named(
+    ended: dict[str, subprocess.CompletedProcess[str]],
+) -> None:
+    assert ended["seams"].returncode == 0, ended["seams"].stderr
+    assert "CHECKED 22" in ended["seams"].stdout
+
+
+@pytest.mark.parametrize("program", ["help", "help, platform named"])
+def test_the_command_line_knows_the_flag(
+    ended: dict[str, subprocess.CompletedProcess[str]], program: str
+) -> None:
+    assert "--srt-encoders" in ended[program].stdout, ended[program].stderr

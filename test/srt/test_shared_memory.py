@@ -19,7 +19,7 @@ import torch
 from sglang.srt.encode_only import shared_memory, wire
 from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
-from sglang.srt.encode_only.shared_memory import Memories, Memory, Offer
+from sglang.srt.encode_only.shared_memory import Mapping, Memories, Memory, Offer
 
 from checkpoints import fresh_seed
 
@@ -149,6 +149,12 @@ def test_a_large_answer_is_written_whole(cores: int, monkeypatch: pytest.MonkeyP
     memory = Memory()
     memory.offer.write(memoryview(values), 7)
     assert bytes(memory.body(size + 7)[7:]) == values
+    # And where it is mapped, in a process in which torch has one thread.
+    others = os.urandom(size)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    mapping = Mapping(memory.offer, size + 5)
+    mapping.write(torch.frombuffer(bytearray(others), dtype=torch.uint8), 5)
+    assert bytes(memory.body(size + 5)[5:]) == others
     memory.close()
     with pytest.raises(OSError):
         memory.offer.write(memoryview(values), 0)

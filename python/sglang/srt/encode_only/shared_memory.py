@@ -20,7 +20,7 @@ import os
 import secrets
 import socket
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 import numpy as np
@@ -86,19 +86,9 @@ class Offer(msgspec.Struct, frozen=True):
             OSError, ValueError: as of `opened`; or there is no memory left.
         """
         with self.opened() as fd:
-            writers = _writers() if len(values) >= WRITE_AT_ONCE else None
-            if writers is None:
-                _write(fd, values, BODY + offset)
-                return
-            step = -(-len(values) // MAX_WRITERS)
-            parts = [
-                writers.submit(_write, fd, values[start : start + step], BODY + offset + start)
-                for start in range(0, len(values), step)
-            ]
-            # All of them, before the descriptor is another file's.
-            concurrent.futures.wait(parts)
-            for part in parts:
-                part.result()
+            _in_parts(
+                len(values), lambda part: _write(fd, values[part], BODY + offset + part.start)
+            )
 
 
 class Mapping:
@@ -122,7 +112,26 @@ class Mapping:
 
     def write(self, values: torch.Tensor, offset: int) -> None:
         """Writes `[bytes]` uint8 of any device at `offset` of the body."""
-        self._body[offset : offset + len(values)].copy_(values)
+        body = self._body[offset : offset + len(values)]
+        if not values.is_cpu or torch.get_num_threads() > 1:
+            body.copy_(values)
+        else:
+            # srt gives torch one thread where the model is on a GPU.
+            _in_parts(len(values), lambda part: body[part].copy_(values[part]))
+
+
+def _in_parts(size: int, write: Callable[[slice], object]) -> None:
+    """Has all of `size` bytes written, by several threads at once if they are many."""
+    writers = _writers() if size >= WRITE_AT_ONCE else None
+    if writers is None:
+        write(slice(0, size))
+        return
+    step = -(-size // MAX_WRITERS)
+    parts = [writers.submit(write, slice(i, min(i + step, size))) for i in range(0, size, step)]
+    # All of them, before what they write into is another's.
+    concurrent.futures.wait(parts)
+    for part in parts:
+        part.result()
 
 
 def _write(fd: int, values: memoryview, at: int) -> None:
