@@ -13,7 +13,12 @@ from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
 from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
 from sglang.srt.layers.attention.encode_only.packed_backend import PackedBackend, Reach
 from sglang.srt.layers.attention.encode_only.reference import reference_attention
-from sglang.srt.layers.attention.encode_only.sdpa import LENGTH_STEP, SdpaBackend
+from sglang.srt.layers.attention.encode_only.sdpa import (
+    LENGTH_STEP,
+    WRITTEN_LENGTH,
+    SdpaBackend,
+    attend_group,
+)
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.runtime_context import get_parallel
@@ -133,6 +138,25 @@ def test_a_batch_of_more_heads_than_a_group_holds(seed: int) -> None:
     assert_rows_close(*attend_both_ways([90, 95, 91, 17, 513], heads=64, head_dim=4))
 
 
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "all-seen"])
+@pytest.mark.parametrize("length", [1, WRITTEN_LENGTH - 1, WRITTEN_LENGTH, 130, 600])
+def test_values_of_half_precision(length: int, masked: bool, seed: int) -> None:
+    """What a CPU that multiplies bfloat16 runs, on any."""
+    torch.manual_seed(seed)
+    size, heads, head_dim = 2, 6, 24
+    for kv_heads in (6, 2):
+        layer = RadixAttention(heads, head_dim, head_dim**-0.5, num_kv_heads=kv_heads, layer_id=0)
+        q = torch.randn(size, length, heads, head_dim).transpose(1, 2)
+        k, v = (torch.randn(size, length, kv_heads, head_dim).transpose(1, 2) for _ in range(2))
+        mask = torch.randn(heads, length, length)[None] if masked else None
+        out = attend_group(q, k, v.bfloat16(), mask, layer)
+
+        k, v = (x.double().repeat_interleave(heads // kv_heads, 1) for x in (k, v.bfloat16()))
+        scores = q.double() @ k.mT * layer.scaling + (0 if mask is None else mask)
+        expected = scores.softmax(dim=-1) @ v
+        assert (out.double() - expected).norm() / expected.norm() < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_capped_scores(kv_heads: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -154,13 +178,23 @@ def test_sliding_windows(window: int, causal: bool, seed: int) -> None:
     assert_rows_close(out, expected)
 
 
-def test_a_pad_whose_window_holds_no_key_is_zero(seed: int) -> None:
+@pytest.mark.parametrize("logit_cap", [0.0, 2.0], ids=["plain", "capped"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_pad_whose_window_holds_no_key_is_zero(
+    dtype: torch.dtype, logit_cap: float, seed: int
+) -> None:
     torch.manual_seed(seed)
     out, expected = attend_both_ways(
-        [30, 70], attend=[5, 20], window=10, causal=True, with_bias=False
+        [30, 170],
+        attend=[5, 20],
+        window=10,
+        causal=True,
+        with_bias=False,
+        logit_cap=logit_cap,
+        dtype=dtype,
     )
     blind = expected.norm(dim=1) == 0
-    assert blind.sum() == (30 - 15) + (70 - 30)
+    assert blind.sum() == (30 - 15) + (170 - 30)
     assert not out[blind].any()
     assert_rows_close(out[~blind], expected[~blind])
 

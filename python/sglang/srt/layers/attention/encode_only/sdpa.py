@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.encode_only.packed_backend import PackedBackend, Reach, Runner
+from sglang.srt.layers.packed_linear import product_dtype
 from sglang.srt.runtime_context import get_parallel
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ MAX_SHARED_SCORES = 1 << 22
 LENGTH_STEP = 16
 # as long as the scores stay within a core's cache; a longer sequence runs alone.
 MAX_GROUP_SCORES = 1 << 17
+# Where values are in half precision, the scores of so many queries or more are written to memory,
+WRITTEN_LENGTH = 96
+# so many of them at a time for each thread.
+WRITTEN_SCORES = 1 << 18
 
 
 class Sequences(NamedTuple):
@@ -282,9 +287,12 @@ class SdpaBackend(PackedBackend):
                 (v, plan.key_rows, layer.v_head_dim),
             )
         )
-        if q.device.type == "cpu" or any(mask is not None for mask in masks):
-            # A float32 mask needs such queries but on a CPU, where they are faster too: the kernel
-            # for half precision converts block by block.
+        if q.device.type == "cpu":
+            # Scores stay in float32, which torch's kernels for half precision round.
+            q_rhd, k_rhd = q_rhd.float(), k_rhd.float()
+            v_rhd = v_rhd.to(product_dtype(v.dtype, "cpu"))
+        elif any(mask is not None for mask in masks):
+            # A float32 mask needs such queries.
             q_rhd, k_rhd, v_rhd = q_rhd.float(), k_rhd.float(), v_rhd.float()
         o_rhd = q.new_empty(*q_rhd.shape[:2], layer.v_head_dim)
         queries = [group.size * group.length for group in plan.groups]
@@ -312,20 +320,49 @@ def attend_group(
     mask: torch.Tensor | None,
     layer: RadixAttention,
 ) -> torch.Tensor:
-    """`[size, heads, length, v_head_dim]`: one call's attention."""
-    heads = q_nhld.shape[1]
+    """`[size, heads, length, v_head_dim]`: one call's attention.
+
+    Args:
+        q_nhld, k_nhkd: of one dtype.
+        v_nhkd: of the same, or of half precision where that is multiplied faster.
+    """
+    size, heads, length, _ = q_nhld.shape
     grouped = heads != k_nhkd.shape[1]
+    if not layer.logit_cap and (q_nhld.dtype == v_nhkd.dtype or length < WRITTEN_LENGTH):
+        v_nhkd = v_nhkd.to(q_nhld.dtype)
+        return F.scaled_dot_product_attention(
+            q_nhld, k_nhkd, v_nhkd, attn_mask=mask, scale=layer.scaling, enable_gqa=grouped
+        )
+    if grouped:
+        k_nhkd, v_nhkd = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k_nhkd, v_nhkd))
+    if mask is not None:
+        mask = mask.expand(size, heads, *mask.shape[2:]).flatten(0, 1)
+    q, k, v = (x.flatten(0, 1) for x in (q_nhld, k_nhkd, v_nhkd))
+    o = v.new_empty(*q.shape[:2], v.shape[2])
+    step = len(q)
+    if q.device.type == "cpu":
+        step = torch.get_num_threads() * max(1, WRITTEN_SCORES // (q.shape[1] * k.shape[1]))
+    for start in range(0, len(q), step):
+        some = slice(start, start + step)
+        scores = _scores(q[some], k[some], None if mask is None else mask[some], layer)
+        weights = scores.softmax(dim=-1)
+        if layer.sliding_window_size >= 0:
+            # A pad may see no key at all.
+            weights.masked_fill_(scores.amax(dim=-1, keepdim=True) == float("-inf"), 0)
+        torch.bmm(weights.to(v.dtype), v[some], out=o[some])
+    return o.unflatten(0, (size, heads))
+
+
+def _scores(
+    q_nld: torch.Tensor, k_nkd: torch.Tensor, mask: torch.Tensor | None, layer: RadixAttention
+) -> torch.Tensor:
+    """`[n, length, keys]` float32."""
+    if mask is not None and not layer.logit_cap:
+        return torch.baddbmm(mask, q_nld, k_nkd.mT, alpha=layer.scaling)
+    scores = torch.bmm(q_nld, k_nkd.mT).float() * layer.scaling
     if layer.logit_cap:
-        if grouped:
-            k_nhkd, v_nhkd = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k_nhkd, v_nhkd))
-        scores = (q_nhld @ k_nhkd.transpose(2, 3)).float() * layer.scaling
         scores = layer.logit_cap * torch.tanh(scores / layer.logit_cap)
-        if mask is not None:
-            scores = scores + mask
-        return scores.softmax(dim=-1).to(v_nhkd.dtype) @ v_nhkd
-    return F.scaled_dot_product_attention(
-        q_nhld, k_nhkd, v_nhkd, attn_mask=mask, scale=layer.scaling, enable_gqa=grouped
-    )
+    return scores if mask is None else scores + mask
 
 
 @register_attention_backend("encode_only")
