@@ -225,7 +225,7 @@ def measure(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     for one in tqdm(arrivals, desc="arrivals", disable=not arrivals):
         for name in (name for name in running if name in agree and running[name].is_server):
             report.served.append((name, one, serve(running[name].encode, one)))
-    report.roofline_after = Roofline.measure(products, args.device)
+    report.measured_again(Roofline.measure(products, args.device))
     print(report.results())
     if args.report is not None:
         report.finish(args.report)

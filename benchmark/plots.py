@@ -26,7 +26,7 @@ QUANTITIES: dict[str, tuple[str, Callable[[Measured, int, float], float]]] = {
     "latency": ("ms a batch", lambda one, tokens, seconds: 1e3 * seconds),
     "fraction of the roofline": (
         "floor / time",
-        lambda one, tokens, seconds: one.prediction.floor / seconds,
+        lambda one, tokens, seconds: one.floor / seconds,
     ),
 }
 
@@ -93,7 +93,7 @@ def draw_batches(
                 high.append(ends[1] - point)
             axes.errorbar(batches, points, yerr=[low, high], capsize=2, **look)
         batches = [len(one.workload.prompts) for one in ones]
-        floors = [value(one, one.workload.tokens, one.prediction.floor) for one in ones]
+        floors = [value(one, one.workload.tokens, one.floor) for one in ones]
         axes.plot(batches, floors, "k--", marker="_", label="roofline")
         axes.set_title(group)
         scale(axes, batches, "prompts of a batch", logarithmic=not quantity.startswith("fraction"))

@@ -95,6 +95,14 @@ class Roofline:
         """The best of `products`: a CPU may be slower in half precision than in float32."""
         return cls(max(one.rate() for one in products), bandwidth(device))
 
+    def floor(self, operations: float, size: float) -> float:
+        """Seconds that so many operations on so many bytes take at least."""
+        return max(operations / self.rate, size / self.bandwidth)
+
+    def better(self, other: Roofline) -> Roofline:
+        """What the machine does at its best, by two measurements."""
+        return Roofline(max(self.rate, other.rate), max(self.bandwidth, other.bandwidth))
+
     def __str__(self) -> str:
         return (
             f"{self.rate / 1e9:.0f} GFLOP/s of matrix products, "
@@ -132,6 +140,6 @@ class Prediction:
         operations = shape.operations(lengths)
         values = sum(a * b for a, b in shape.products()) + 2 * sum(lengths) * shape.hidden
         size = values * dtype.itemsize
-        computing, reading = operations / roofline.rate, size / roofline.bandwidth
-        bound = "operations" if computing > reading else "memory"
-        return cls(operations, size, max(computing, reading), bound)
+        floor = roofline.floor(operations, size)
+        bound = "operations" if floor == operations / roofline.rate else "memory"
+        return cls(operations, size, floor, bound)
