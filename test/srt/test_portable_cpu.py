@@ -49,6 +49,22 @@ def test_processes_of_an_encoder_share_what_one_has_imported(
     assert own[0] < own[1] / 2, own
 
 
+def test_large_tensors_are_kept_for_the_next_forward_pass():
+    """The system clears no page for them again."""
+    code = (
+        "import resource, torch\n"
+        "from sglang.srt.platforms import portable_cpu\n"
+        "portable_cpu.keep_memory()\n"
+        "for _ in range(3):\n"
+        "    torch.ones(10_000_000).add(1)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, _, last = map(int, run.stdout.split()[-3:])
+    # 80 MB are 20,000 pages.
+    assert last - first < 400
+
+
 def test_memory_levels_off_over_prompts_of_every_length(t5_server: LocalServer):
     sizes = list(range(1, 1000, 3))
     random.Random(4).shuffle(sizes)

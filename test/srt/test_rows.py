@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from interpreter import imported_by, run_kernels
 from sglang.srt.layers import row_kernels
 from sglang.srt.layers.row_kernels import ACTIVATIONS, activate, add_norm
-from sglang.srt.layers.rows import Activation, ResidualNorm
+from sglang.srt.layers.rows import CACHED_VALUES, Activation, ResidualNorm
 from transformers.activations import ACT2FN
 
 from device import DEVICE
@@ -135,6 +135,25 @@ def test_activations(name: str, gated: bool, seed: int, run_kernels) -> None:
     for width in (*rng.sample(WIDTHS, 3), 1025):
         dtype = rng.choice(list(TOLERANCE))
         run_kernels(check_activate, name, rng.randint(1, 5), width, seed, gated=gated, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
+def test_activations_of_many_rows_on_a_cpu(gated: bool, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    width = 96
+    at_once = torch.get_num_threads() * CACHED_VALUES // width
+    for rows in (0, 1, at_once, 2 * at_once + 3):
+        h = torch.randn(rows, 2 * width if gated else width).to(dtype)
+        gate = h.double()[:, :width]
+        expected = gate * torch.sigmoid(1.702 * gate)
+        if gated:
+            expected *= h.double()[:, width:]
+        found = Activation("quick_gelu", dtype, gated=gated)(h)
+        assert found.dtype == dtype
+        torch.testing.assert_close(
+            found.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
 
 
 def test_activations_far_out(run_kernels) -> None:

@@ -38,8 +38,9 @@ when it first computes."""
 DEFAULT_KV_TOKENS = 16384
 DEFAULT_RUNNING_REQUESTS = 64
 
-# Parameters of glibc's mallopt, and their values: the largest it takes, and eight times that.
-_MALLOPT = {-3: 32 << 20, -1: 256 << 20}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+# Parameters of glibc's mallopt, and their values: no mapping of its own for a large tensor, and how
+# many bytes may lie free before they go back to the system.
+_MALLOPT = {-4: 0, -1: 256 << 20}  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
 def activate() -> str | None:
@@ -101,7 +102,7 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.runtime_context import get_device
 
         _bind_threads(_cores_of(get_device().gpu_id))
-        _keep_memory()
+        keep_memory()
 
 
 def _share_cores(ranks: int) -> None:
@@ -158,7 +159,7 @@ def _bind_threads(cores: list[int]) -> None:
     logger.info("The compute threads are bound to cores %s.", ", ".join(map(str, cores)))
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Has the allocator keep what a forward pass frees, for the next one.
 
     glibc gives large tensors back to the system, which then clears thousands of pages again: two
