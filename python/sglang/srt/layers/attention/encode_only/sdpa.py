@@ -35,7 +35,7 @@ LENGTH_STEP = 16
 MAX_GROUP_SCORES = 1 << 17
 # Where values are in half precision, the scores of so many queries or more are written to memory,
 WRITTEN_LENGTH = 96
-# so many of them at a time for each thread.
+# as long as those of a head are no more than this; so many at a time for each thread.
 WRITTEN_SCORES = 1 << 18
 
 
@@ -288,7 +288,7 @@ class SdpaBackend(PackedBackend):
             )
         )
         if q.device.type == "cpu":
-            # Scores stay in float32, which torch's kernels for half precision round.
+            # For scores in float32; products of half precision are rounded to it.
             q_rhd, k_rhd = q_rhd.float(), k_rhd.float()
             v_rhd = v_rhd.to(product_dtype(v.dtype, "cpu"))
         elif any(mask is not None for mask in masks):
@@ -328,7 +328,8 @@ def attend_group(
     """
     size, heads, length, _ = q_nhld.shape
     grouped = heads != k_nhkd.shape[1]
-    if not layer.logit_cap and (q_nhld.dtype == v_nhkd.dtype or length < WRITTEN_LENGTH):
+    written = length >= WRITTEN_LENGTH and length * k_nhkd.shape[2] <= WRITTEN_SCORES
+    if not layer.logit_cap and (q_nhld.dtype == v_nhkd.dtype or not written):
         v_nhkd = v_nhkd.to(q_nhld.dtype)
         return F.scaled_dot_product_attention(
             q_nhld, k_nhkd, v_nhkd, attn_mask=mask, scale=layer.scaling, enable_gqa=grouped
