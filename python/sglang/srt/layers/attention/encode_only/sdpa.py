@@ -3,7 +3,8 @@ and the one for CPUs. No KV cache is read or written; a sequence's keys are in t
 
 A short sequence costs less than the bookkeeping of its heads. So several share a row, under a mask
 that keeps them apart; longer ones of similar length are padded to one another and run in one call.
-The plan for that is made once a forward pass.
+The plan for that is made once a forward pass. Where torch's fused kernel is slower, or knows no cap
+of scores, they are written out and multiplied.
 """
 
 from __future__ import annotations
