@@ -55,14 +55,15 @@ def test_large_tensors_are_kept_for_the_next_forward_pass():
         "import resource, torch\n"
         "from sglang.srt.platforms import portable_cpu\n"
         "portable_cpu.keep_memory()\n"
-        "for _ in range(3):\n"
+        "for _ in range(8):\n"
         "    torch.ones(10_000_000).add(1)\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    first, _, last = map(int, run.stdout.split()[-3:])
-    # 80 MB are 20,000 pages.
-    assert last - first < 400
+    faults = list(map(int, run.stdout.split()[-8:]))
+    # The heap may grow once more while it settles. Given back, 80 MB are 20,000 pages each time,
+    # some hundred where the system has large ones.
+    assert faults[-1] - faults[3] < 400, faults
 
 
 def test_memory_levels_off_over_prompts_of_every_length(t5_server: LocalServer):
