@@ -276,28 +276,61 @@ def transformers(
         attention: one of its implementations; its own choice by default.
         compiled: whether by `torch.compile`.
     """
+    model = _load(checkpoint, attention)
+    yield Running(partial(_run, torch.compile(model) if compiled else model, checkpoint.device))
+
+
+@contextlib.contextmanager
+def reference(checkpoint: Checkpoint) -> Iterator[Running]:
+    """transformers in float32, one block at a time, so that it takes little more memory than the
+    checkpoint does."""
+    model = _load(checkpoint, None)
+    blocks = next(
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == checkpoint.shape.layers
+    )
+    kept: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def widen(block: torch.nn.Module, _: object) -> None:
+        for parameter in block.parameters():
+            kept[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def restore(block: torch.nn.Module, *_: object) -> None:
+        for parameter in block.parameters():
+            parameter.data = kept.pop(parameter)
+
+    for block in blocks:
+        block.register_forward_pre_hook(widen)
+        block.register_forward_hook(restore)
+    within = set(blocks.parameters())
+    for parameter in model.parameters():
+        if parameter not in within:
+            parameter.data = parameter.data.float()
+    yield Running(partial(_run, model, checkpoint.device))
+
+
+def _load(checkpoint: Checkpoint, attention: str | None) -> Any:
     chosen = {} if attention is None else {"attn_implementation": attention}
     model = checkpoint.shape.model_class.from_pretrained(
         checkpoint.folder, dtype=checkpoint.dtype, **chosen
     )
-    model = model.eval().to(checkpoint.device)
     # Decoders would make a cache of keys and values that nobody reads.
     model.config.use_cache = False
-    forward = torch.compile(model) if compiled else model
+    return model.eval().to(checkpoint.device)
 
-    @torch.no_grad()
-    def encode(batch: Batch) -> list[torch.Tensor]:
-        longest = max(map(len, batch))
-        ids_bl = torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch])
-        mask_bl = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch])
-        padded = bool((mask_bl == 0).any())
-        states = forward(
-            ids_bl.to(checkpoint.device),
-            attention_mask=mask_bl.to(checkpoint.device) if padded else None,
-        ).last_hidden_state
-        return [states[i, : len(ids)] for i, ids in enumerate(batch)]
 
-    yield Running(encode)
+@torch.no_grad()
+def _run(forward: Callable[..., Any], device: str, batch: Batch) -> list[torch.Tensor]:
+    longest = max(map(len, batch))
+    ids_bl = torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch])
+    mask_bl = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch])
+    padded = bool((mask_bl == 0).any())
+    states = forward(
+        ids_bl.to(device), attention_mask=mask_bl.to(device) if padded else None
+    ).last_hidden_state
+    return [states[i, : len(ids)] for i, ids in enumerate(batch)]
 
 
 @contextlib.contextmanager

@@ -73,6 +73,7 @@ class Report:
         memory: bytes that each contender took.
         notes: of each contender.
         left_out: who was not measured, and why.
+        remarks: what else there is to know.
         roofline_after: the roofline once more, at the end.
     """
 
@@ -86,6 +87,7 @@ class Report:
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
     left_out: list[str] = dataclasses.field(default_factory=list)
+    remarks: list[str] = dataclasses.field(default_factory=list)
     roofline_after: Roofline | None = None
     began: datetime.datetime = dataclasses.field(default_factory=datetime.datetime.now)
 
@@ -133,6 +135,7 @@ class Report:
 
     def results(self) -> str:
         lines = ["## Results", "", *(f"- left out: {line}" for line in self.left_out)]
+        lines += [f"- {line}" for line in self.remarks]
         if self.roofline_after is not None:
             lines.append(
                 f"- roofline, measured again at the end: {self.roofline_after} (where it is far "

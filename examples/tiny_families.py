@@ -15,7 +15,7 @@ import diffusers
 import torch
 import transformers
 
-from tiny_pipelines import _t5_settings, _write_index
+from tiny_pipelines import clip_settings, t5_settings, write_index
 from tiny_tokenizers import (
     write_clip_tokenizer,
     write_gemma_tokenizer,
@@ -54,12 +54,12 @@ def write_sd3(folder: Path, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     for suffix, layers, activation in (("", 2, "quick_gelu"), ("_2", 3, "gelu")):
         vocab = write_clip_tokenizer(folder / f"tokenizer{suffix}")
-        settings = _clip_settings(vocab, hidden_size=32, layers=layers)
+        settings = clip_settings(vocab, hidden_size=32, layers=layers)
         config = transformers.CLIPTextConfig(hidden_act=activation, **settings)
         clip = transformers.CLIPTextModelWithProjection(config)
         clip.save_pretrained(folder / f"text_encoder{suffix}")
     t5_vocab = write_t5_tokenizer(folder / "tokenizer_3")
-    t5 = transformers.T5EncoderModel(transformers.T5Config(**_t5_settings(t5_vocab)))
+    t5 = transformers.T5EncoderModel(transformers.T5Config(**t5_settings(t5_vocab)))
     scale_text_encoder(t5)
     t5.save_pretrained(folder / "text_encoder_3")
     transformer = diffusers.SD3Transformer2DModel(
@@ -77,7 +77,7 @@ def write_sd3(folder: Path, seed: int = 1) -> Path:
     transformer.save_pretrained(folder / "transformer")
     _write_image_vae(folder / "vae", blocks=4, scaling_factor=1.5305, shift_factor=0.0609)
     diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    _write_index(
+    write_index(
         folder,
         "StableDiffusion3Pipeline",
         text_encoder=("transformers", "CLIPTextModelWithProjection"),
@@ -137,7 +137,7 @@ def write_sana(folder: Path, seed: int = 1) -> Path:
     diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     ).save_pretrained(folder / "scheduler")
-    _write_index(
+    write_index(
         folder,
         "SanaPipeline",
         text_encoder=("transformers", "Gemma2Model"),
@@ -180,7 +180,7 @@ def write_zimage(folder: Path, seed: int = 1) -> Path:
     diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).save_pretrained(
         folder / "scheduler"
     )
-    _write_index(
+    write_index(
         folder,
         "ZImagePipeline",
         text_encoder=("transformers", "Qwen3Model"),
@@ -211,7 +211,7 @@ def write_hunyuan(folder: Path, seed: int = 1) -> Path:
     scale_language_model(llama)
     llama.save_pretrained(folder / "text_encoder")
     clip_vocab = write_clip_tokenizer(folder / "tokenizer_2")
-    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**_clip_settings(clip_vocab)))
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip_settings(clip_vocab)))
     clip.save_pretrained(folder / "text_encoder_2")
     transformer = diffusers.HunyuanVideoTransformer3DModel(
         num_attention_heads=2,
@@ -231,7 +231,7 @@ def write_hunyuan(folder: Path, seed: int = 1) -> Path:
     scale_hunyuan_decoder(vae, contrast=0.4)
     vae.save_pretrained(folder / "vae")
     diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0).save_pretrained(folder / "scheduler")
-    _write_index(
+    write_index(
         folder,
         "HunyuanVideoPipeline",
         text_encoder=("transformers", "LlamaModel"),
@@ -293,7 +293,7 @@ def write_qwen_image(folder: Path, seed: int = 1) -> Path:
     diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True).save_pretrained(
         folder / "scheduler"
     )
-    _write_index(
+    write_index(
         folder,
         "QwenImagePipeline",
         text_encoder=("transformers", "Qwen2_5_VLForConditionalGeneration"),
@@ -303,22 +303,6 @@ def write_qwen_image(folder: Path, seed: int = 1) -> Path:
         scheduler=("diffusers", "FlowMatchEulerDiscreteScheduler"),
     )
     return folder
-
-
-def _clip_settings(vocab_size: int, hidden_size: int = 64, layers: int = 2) -> dict[str, Any]:
-    """The shape of a CLIP text encoder whose projection is as wide as itself."""
-    return dict(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 16,
-        projection_dim=hidden_size,
-        max_position_embeddings=77,
-        bos_token_id=vocab_size - 2,
-        eos_token_id=vocab_size - 1,
-        pad_token_id=vocab_size - 1,
-    )
 
 
 def _decoder_settings(vocab_size: int, **rope: Any) -> dict[str, Any]:

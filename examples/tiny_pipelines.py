@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -39,21 +40,9 @@ def write_flux(folder: Path, seed: int = 5) -> Path:
     torch.manual_seed(seed)
     clip_vocab = write_clip_tokenizer(folder / "tokenizer")
     t5_vocab = write_t5_tokenizer(folder / "tokenizer_2")
-    transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=clip_vocab,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            projection_dim=64,
-            max_position_embeddings=77,
-            bos_token_id=clip_vocab - 2,
-            eos_token_id=clip_vocab - 1,
-            pad_token_id=clip_vocab - 1,
-        )
-    ).save_pretrained(folder / "text_encoder")
-    t5 = transformers.T5EncoderModel(transformers.T5Config(**_t5_settings(t5_vocab)))
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip_settings(clip_vocab)))
+    clip.save_pretrained(folder / "text_encoder")
+    t5 = transformers.T5EncoderModel(transformers.T5Config(**t5_settings(t5_vocab)))
     scale_text_encoder(t5)
     t5.save_pretrained(folder / "text_encoder_2")
     transformer = diffusers.FluxTransformer2DModel(
@@ -86,7 +75,7 @@ def write_flux(folder: Path, seed: int = 5) -> Path:
     diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True).save_pretrained(
         folder / "scheduler"
     )
-    _write_index(
+    write_index(
         folder,
         "FluxPipeline",
         text_encoder=("transformers", "CLIPTextModel"),
@@ -109,7 +98,7 @@ def write_wan(folder: Path, seed: int = 1) -> Path:
     """
     torch.manual_seed(seed)
     vocab = write_t5_tokenizer(folder / "tokenizer")
-    umt5 = transformers.UMT5EncoderModel(transformers.UMT5Config(**_t5_settings(vocab)))
+    umt5 = transformers.UMT5EncoderModel(transformers.UMT5Config(**t5_settings(vocab)))
     scale_text_encoder(umt5)
     umt5.save_pretrained(folder / "text_encoder")
     transformer = diffusers.WanTransformer3DModel(
@@ -129,7 +118,7 @@ def write_wan(folder: Path, seed: int = 1) -> Path:
     diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     ).save_pretrained(folder / "scheduler")
-    _write_index(
+    write_index(
         folder,
         "WanPipeline",
         text_encoder=("transformers", "UMT5EncoderModel"),
@@ -141,8 +130,24 @@ def write_wan(folder: Path, seed: int = 1) -> Path:
     return folder
 
 
-def _t5_settings(vocab_size: int) -> dict:
-    """The shape of both text encoders, T5 v1.1's way: gated feed-forward, untied embeddings."""
+def clip_settings(vocab_size: int, hidden_size: int = 64, layers: int = 2) -> dict[str, Any]:
+    """The shape of a CLIP text encoder whose projection is as wide as itself."""
+    return dict(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 16,
+        projection_dim=hidden_size,
+        max_position_embeddings=77,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+
+
+def t5_settings(vocab_size: int) -> dict[str, Any]:
+    """The shape of a T5 or UMT5 encoder, T5 v1.1's way: gated feed-forward, untied embeddings."""
     return dict(
         vocab_size=vocab_size,
         d_model=64,
@@ -155,7 +160,7 @@ def _t5_settings(vocab_size: int) -> dict:
     )
 
 
-def _write_index(folder: Path, pipeline: str, **components: tuple[str, str]) -> None:
+def write_index(folder: Path, pipeline: str, **components: tuple[str, str]) -> None:
     """`model_index.json`: the pipeline's class, and the library and class of each component."""
     index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **components}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Runs a command of this repository with the wheels that pack.py has gathered:
+#     bash benchmark/offline/run.sh FOLDER COMMAND...
+# They are installed into FOLDER/site, once, and nothing of the machine's own is changed.
+set -euo pipefail
+
+if [ $# -lt 2 ] || [ ! -d "$1" ]; then
+    echo "usage: run.sh FOLDER COMMAND..., with the FOLDER that benchmark.offline.pack has filled" >&2
+    exit 2
+fi
+wheels=$(realpath "$1")
+repository=$(realpath "$(dirname "$0")/../..")
+shift
+if [ ! -d "$wheels/site" ]; then
+    python3 -m pip install -q --no-index --no-deps --target "$wheels/unfinished" "$wheels"/*.whl
+    mv "$wheels/unfinished" "$wheels/site"
+fi
+export PYTHONPATH=$repository/benchmark/offline/stand_ins:$wheels/site:$repository${PYTHONPATH:+:$PYTHONPATH}
+# The first kernels that sglang looks for are its own, which are not there.
+export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 SGLANG_FORCE_FUSED_OP_BACKEND=torch
+exec "$@"
