@@ -16,6 +16,7 @@ if [ ! -d "$wheels/site" ]; then
     mv "$wheels/unfinished" "$wheels/site"
 fi
 export PYTHONPATH=$repository/benchmark/offline/stand_ins:$wheels/site:$repository${PYTHONPATH:+:$PYTHONPATH}
-# The first kernels that sglang looks for are its own, which are not there.
+# sglang's own kernels are not there, and its prefix cache in Rust reads tensors of the torch it was built for alone.
 export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 SGLANG_FORCE_FUSED_OP_BACKEND=torch
+export SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python
 exec "$@"
