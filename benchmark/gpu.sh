@@ -19,11 +19,12 @@ measure() {
 }
 
 folder=$(realpath "$1")
-sizes=(--shape t5-xxl --device cuda --length 77 512 --batch 1 8 --rounds 15)
+sizes=(--shape t5-xxl --device cuda --length 77 512 --batch 1 8 --rounds 15 --slow-rounds 15)
 measure attention python3 -m benchmark.attention
 measure rows python3 -m benchmark.rows
 measure graphs python3 -m benchmark.graphs --shape t5-xxl
 measure t5-xxl python3 -m benchmark.encode "${sizes[@]}" \
-    --contenders "in process" server "server, http" "transformers, sdpa" --report "$folder/t5-xxl"
+    --contenders "in process" server "server, http" "transformers, sdpa" native \
+    --report "$folder/t5-xxl"
 measure tests python3 -m pytest test/srt -v --tb=short --timeout=300
 exit $failed
