@@ -42,6 +42,9 @@ def main() -> None:
     parser.add_argument("--python", default="3.12", help="of the other machine")
     parser.add_argument("--glibc", type=int, default=39, help="its minor version, there")
     args = parser.parse_args()
+    if any(args.folder.glob("*.whl")):
+        # Two versions of a package would keep all from being installed.
+        parser.error(f"{args.folder} holds wheels already; give a folder without any")
 
     pip(
         "download", "--no-deps", "--only-binary=:all:", "--implementation=cp",

@@ -4,7 +4,7 @@
 # They are installed into FOLDER/site, once, and nothing of the machine's own is changed.
 set -euo pipefail
 
-if [ $# -lt 2 ] || [ ! -d "$1" ]; then
+if [ $# -lt 2 ] || ! { [ -d "$1/site" ] || compgen -G "$1/*.whl" > /dev/null; }; then
     echo "usage: run.sh FOLDER COMMAND..., with the FOLDER that benchmark.offline.pack has filled" >&2
     exit 2
 fi
@@ -12,6 +12,7 @@ wheels=$(realpath "$1")
 repository=$(realpath "$(dirname "$0")/../..")
 shift
 if [ ! -d "$wheels/site" ]; then
+    rm -rf "$wheels/unfinished"
     python3 -m pip install -q --no-index --no-deps --target "$wheels/unfinished" "$wheels"/*.whl
     mv "$wheels/unfinished" "$wheels/site"
 fi

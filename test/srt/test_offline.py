@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmark.offline.pack import PACKAGE, wheels
+from benchmark.offline.pack import PACKAGE, main, wheels
 
 OFFLINE = PACKAGE.parent / "benchmark" / "offline"
 
@@ -61,6 +61,14 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, arguments: list[str]):
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2
     assert "usage: run.sh FOLDER COMMAND" in run.stderr
+
+
+def test_wheels_of_two_packs_are_not_mixed(tmp_path: Path, monkeypatch, capsys):
+    (tmp_path / "sglang-0.5.22-py3-none-any.whl").touch()
+    monkeypatch.setattr(sys, "argv", ["pack", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "holds wheels already" in capsys.readouterr().err
 
 
 def test_a_command_runs_with_the_wheels_that_were_installed(tmp_path: Path):
