@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from benchmark import encode, roofline
+import torch
+from benchmark import contenders, encode, roofline, shapes
+from benchmark.workloads import token_ids
 from sglang.srt.encode_only.local_server import LocalServer
 
 
@@ -58,6 +63,49 @@ def test_a_report(run, t5_server: LocalServer, tmp_path: Path):
     for plot in ("throughput", "latency", "fraction-of-the-roofline"):
         assert (tmp_path / f"{plot}.png").stat().st_size > 0
         assert f"({plot}.png)" in report
+
+
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4}
+WIDTH = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("t5-base", T5), ("umt5-xxl", T5), ("clip-bigg", WIDTH | {"projection_dim": 64})]
+    + [(name, WIDTH | {"num_key_value_heads": 2}) for name in ("qwen2.5-vl-7b", "llama-8b")],
+)
+def test_the_reference_is_transformers_in_float32(
+    name: str, sizes: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+):
+    shape = shapes.SHAPES[name].with_layers(3)
+    shape = dataclasses.replace(shape, settings={**shape.settings, **sizes, "vocab_size": 50000})
+    shapes.write(shape, tmp_path / "checkpoint", dtype)
+    rounded = contenders.Checkpoint(shape, tmp_path / "checkpoint", dtype, "cpu")
+    exact = dataclasses.replace(rounded, dtype=torch.float32)
+    batch = token_ids([9, 9], random.Random(5))
+    with contenders.transformers(exact) as running:
+        expected = running.encode(batch)
+    with contenders.reference(rounded) as running:
+        # Its weights are themselves again after a forward pass.
+        for _ in range(2):
+            for found, states in zip(running.encode(batch), expected, strict=True):
+                torch.testing.assert_close(found, states, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("margin", [1.5, 0.01])
+def test_an_error_is_judged_by_that_of_transformers(run, monkeypatch, capsys, margin: float):
+    monkeypatch.setitem(encode.BOUNDS, torch.bfloat16, 1e-4)
+    monkeypatch.setattr(encode, "MARGIN", margin)
+    words = ["--shape", "clip-l", "--layers", "1", "--length", "7", "--batch", "2"]
+    run(*words, "--device", "cpu", "--rounds", "1", "--contenders", "in process", "transformers")
+    report = capsys.readouterr().out
+    timed = [cells[0] for cells in rows(report) if len(cells) == 8]
+    agree = margin > 1
+    for name in ("in process", "transformers"):
+        assert (name in timed) == agree, report
+        assert (f"left out: {name}, 2 prompts of 7 tokens" in report) != agree, report
+    assert ("transformers itself is off by" in report) == agree, report
 
 
 @pytest.mark.parametrize(
