@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 sys.path.append(str(Path(__file__).parents[1] / "python"))
 from sglang.srt.layers.attention.encode_only.triton_kernel import (
     BIAS_MARGIN,
-    LOG2E,
+    Blocks,
     packed_attention,
 )
 
@@ -37,50 +38,61 @@ with contextlib.suppress(ImportError):
     from sglang.srt.layers.attention.encode_only.fa4_kernel import packed_attention as fa4
 
 HEADS, HEAD_DIM = 64, 64
-# T5's biases are alike from this distance on.
-MAX_DISTANCE = 128
+# From this distance on T5's biases are alike: those of the last of its 32 buckets.
+MAX_DISTANCE = 91
 TOLERANCE = 1e-2
 """Largest difference of the results relative to their norm: both round to bfloat16."""
 
 
-def contenders(length: int, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """What is compared, by name; each gives `[batch * length, HEADS, HEAD_DIM]` bfloat16."""
+def contenders(
+    length: int, batch: int, others: Sequence[Blocks] = ()
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """What is compared, by name; each gives `[batch * length, HEADS, HEAD_DIM]` bfloat16.
+
+    Args:
+        others: how the kernel is cut up besides.
+    """
     tokens = batch * length
     reach = MAX_DISTANCE + BIAS_MARGIN
     distances = torch.arange(-reach, reach + 1, device="cuda").clamp(-MAX_DISTANCE, MAX_DISTANCE)
     values = torch.randn(HEADS, 2 * MAX_DISTANCE + 1, device="cuda")
     bias = values[:, distances + MAX_DISTANCE].contiguous()
-    in_its_units = bias * LOG2E.value
     positions = torch.arange(length, device="cuda")
     apart = (positions[None, :] - positions[:, None]).clamp(-reach, reach)
     full_bias = bias[None, :, apart + reach].to(torch.bfloat16)
 
-    # T5 does not divide its scores: weights are such that they are of this size.
-    scaling = HEAD_DIM**-0.5
-    qkv = torch.randn(tokens, 3 * HEADS * HEAD_DIM, device="cuda").to(torch.bfloat16)
+    # T5 does not scale its scores: its weights make them of this size.
+    scaling = 1.0
+    qkv = torch.randn(tokens, 3 * HEADS * HEAD_DIM, device="cuda")
+    qkv[:, : HEADS * HEAD_DIM] *= HEAD_DIM**-0.5
+    qkv = qkv.to(torch.bfloat16)
     packed = [x.view(tokens, HEADS, HEAD_DIM) for x in qkv.chunk(3, dim=1)]
     padded = [x.view(batch, length, HEADS, HEAD_DIM).transpose(1, 2) for x in packed]
     starts = torch.arange(0, tokens + 1, length, dtype=torch.int32, device="cuda")
     attend = torch.full((batch,), length, dtype=torch.int32, device="cuda")
 
-    def kernel(bias: torch.Tensor | None) -> torch.Tensor:
-        return packed_attention(*packed, starts, attend, scaling=scaling, bias=bias)
+    def kernel(bias: torch.Tensor | None, blocks: Blocks | None = None) -> torch.Tensor:
+        return packed_attention(*packed, starts, attend, scaling=scaling, bias=bias, blocks=blocks)
 
     def sdpa(mask: torch.Tensor | None) -> torch.Tensor:
         out = F.scaled_dot_product_attention(*padded, attn_mask=mask, scale=scaling)
         return out.transpose(1, 2).reshape(tokens, HEADS, HEAD_DIM)
 
     runs = {
-        "kernel, bias": lambda: kernel(in_its_units),
+        "kernel, bias": lambda: kernel(bias),
         "SDPA, bias": lambda: sdpa(full_bias),
         "kernel": lambda: kernel(None),
         "SDPA": lambda: sdpa(None),
     }
     if fa4 is not None:
         runs |= {
-            "FA4, bias": lambda: fa4(*packed, starts, attend, scaling=scaling, bias=in_its_units),
+            "FA4, bias": lambda: fa4(*packed, starts, attend, scaling=scaling, bias=bias),
             "FA4": lambda: fa4(*packed, starts, attend, scaling=scaling),
         }
+    for other in others:
+        name = ",".join(map(str, other))
+        runs[f"{name}, bias"] = functools.partial(kernel, bias, other)
+        runs[name] = functools.partial(kernel, None, other)
     return runs
 
 
@@ -123,6 +135,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=20, help="calls timed together")
+    parser.add_argument(
+        "--blocks",
+        type=Blocks.of,
+        nargs="+",
+        default=[],
+        metavar="QUERIES,KEYS,WARPS,STAGES",
+        help="other ways to cut up the kernel, timed too",
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmark.attention needs a CUDA GPU, and torch finds none.")
@@ -130,12 +150,18 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16, ", end="")
     print(f"{HEADS} heads of {HEAD_DIM}; medians of {args.rounds}, in µs\n")
-    heading = ["tokens", "batch", *contenders(1, 1), "SDPA / kernel, bias", "bias / none"]
+    heading = [
+        "tokens",
+        "batch",
+        *contenders(1, 1, args.blocks),
+        "SDPA / kernel, bias",
+        "bias / none",
+    ]
     print("|", " | ".join(heading), "|")
     print("|" + "---|" * len(heading))
     for length in args.lengths:
         for batch in args.batches:
-            runs = contenders(length, batch)
+            runs = contenders(length, batch, args.blocks)
             check(runs)
             graphs = [recorded(run, args.repeats) for run in runs.values()]
             for graph in graphs:

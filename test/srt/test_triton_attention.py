@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark.instructions import compile_for_hopper
 from interpreter import imported_by, run_kernels
 from sglang.srt.layers.attention.encode_only import triton_kernel
+from sglang.srt.layers.attention.encode_only.bias import last_bucket_from
 from sglang.srt.layers.attention.encode_only.reference import reference_attention
 from sglang.srt.layers.attention.encode_only.triton_backend import TritonEncodeBackend
 from sglang.srt.layers.attention.encode_only.triton_kernel import (
     BIAS_MARGIN,
-    LOG2E,
     MAX_HEAD_DIM,
     SEARCH,
     blocks_for,
@@ -51,11 +52,14 @@ def check_kernel(
     window: int | None = None,
     logit_cap: float = 0.0,
     buckets: tuple[int, int] | None = None,
+    scaling: float | None = None,
 ) -> int:
     """Compares with float64. What is not to be read is NaN, and what is not written stays so.
 
     Args:
         buckets: how many, and their largest distance, for a random T5 bias.
+        scaling: of scores, by default what is usual for the head size. They are as large in any
+            case.
 
     Returns:
         How many rows see no key.
@@ -68,7 +72,10 @@ def check_kernel(
     guarded_qkv = torch.full((tokens + 2 * GUARD, sum(widths)), float("nan"), dtype=dtype)
     guarded_out = torch.full((tokens + 2 * GUARD, heads, v_head_dim + 3), float("nan"), dtype=dtype)
     batch = slice(GUARD, GUARD + tokens)
-    guarded_qkv[batch] = torch.randn(tokens, sum(widths))
+    qkv = torch.randn(tokens, sum(widths))
+    scaling = scaling or head_dim**-0.5
+    qkv[:, : widths[0]] *= head_dim**-0.5 / scaling
+    guarded_qkv[batch] = qkv
     guarded_qkv, guarded_out = guarded_qkv.to(DEVICE), guarded_out.to(DEVICE)
     q, k, v = guarded_qkv[batch].split(widths, dim=1)
     start = 0
@@ -79,9 +86,12 @@ def check_kernel(
     q_thd, k_thd = q.view(tokens, heads, head_dim), k.view(tokens, kv_heads, head_dim)
     v_thd = v.view(tokens, kv_heads, v_head_dim)
     out = guarded_out[batch, :, :v_head_dim]
-    bias = random_bias(heads, *buckets).to(DEVICE) if buckets else None
+    bias = rows = None
+    if buckets:
+        bias = random_bias(heads, *buckets).to(DEVICE)
+        rows = bias.by_distance(last_bucket_from(*buckets) + BIAS_MARGIN + 1)
     options = {
-        "scaling": head_dim**-0.5,
+        "scaling": scaling,
         "causal": causal,
         "window": window,
         "logit_cap": logit_cap,
@@ -92,9 +102,7 @@ def check_kernel(
         v_thd,
         torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32),
         torch.tensor(attend, dtype=torch.int32, device=DEVICE),
-        bias=None
-        if bias is None
-        else bias.by_distance(bias.max_distance + BIAS_MARGIN + 1) * LOG2E.value,
+        bias=rows,
         out=out,
         **options,
     )
@@ -217,9 +225,24 @@ def test_capped_scores(buckets: tuple[int, int] | None, seed: int, run_kernels) 
     )
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("buckets", [(4, 2), (32, 9), (200, 51), (33, 300), (32, 128)])
-def test_biases_of_keys_far_away(buckets: tuple[int, int], seed: int, run_kernels) -> None:
-    run_kernels(check_kernel, [1, 330, 64], seed, heads=1, buckets=buckets)
+def test_biases_of_keys_far_away(
+    buckets: tuple[int, int], causal: bool, seed: int, run_kernels
+) -> None:
+    rng = random.Random(seed)
+    lengths = [1, 330, 64, rng.randint(200, 500)]
+    run_kernels(
+        check_kernel,
+        lengths,
+        seed,
+        heads=1,
+        dtype=rng.choice(list(TOLERANCE)),
+        attend=random_attend(lengths, rng),
+        causal=causal,
+        buckets=buckets,
+        scaling=rng.choice((None, 1.0)),
+    )
 
 
 def test_more_sequences_than_are_searched_at_once(seed: int, run_kernels) -> None:
@@ -267,16 +290,19 @@ def test_the_backend_passes_all_on(
     )
 
 
-def test_biases_are_alike_from_the_largest_distance_on(seed: int) -> None:
+def test_biases_are_alike_from_the_last_bucket_on(seed: int) -> None:
     rng = random.Random(seed)
+    assert last_bucket_from(32, 128) == 91
     for _ in range(200):
         buckets = rng.randint(4, 200)
         max_distance = rng.randint(buckets // 4 + 1, 1000)
         bias = random_bias(2, buckets, max_distance)
         rows = bias.by_distance(max_distance + rng.randint(1, 1000))
-        margin = rows.shape[1] // 2 - max_distance + 1
-        assert (rows[:, :margin] == rows[:, :1]).all(), (buckets, max_distance)
-        assert (rows[:, -margin:] == rows[:, -1:]).all(), (buckets, max_distance)
+        margin = rows.shape[1] // 2 - last_bucket_from(buckets, max_distance) + 1
+        for row in (rows, rows.flip(1)):
+            alike = (row == row[:, :1]).all(0)
+            assert alike[:margin].all(), (buckets, max_distance)
+            assert not alike[margin], (buckets, max_distance)
 
 
 def test_layers_that_share_a_table_share_its_rows() -> None:
@@ -297,3 +323,15 @@ def test_layers_that_share_a_table_share_its_rows() -> None:
 
 def test_the_kernel_needs_torch_and_triton_alone() -> None:
     assert imported_by(triton_kernel) <= {"__future__", "math", "torch", "triton", "typing"}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_hopper_runs(head_dim: int, with_bias: bool, causal: bool) -> None:
+    """Products that wait for each other, and registers that do not suffice, show in no result."""
+    compiled = compile_for_hopper(head_dim, with_bias=with_bias, causal=causal)
+    assert not compiled.serialized and not compiled.spilled
+    if with_bias:
+        before, near, after, edge = compiled.loops
+        assert max(before, after) < near < edge

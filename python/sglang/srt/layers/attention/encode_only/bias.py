@@ -41,6 +41,16 @@ def buckets_by_distance(
     return ahead + within_half
 
 
+@functools.cache
+def last_bucket_from(num_buckets: int, max_distance: int) -> int:
+    """The distance from which on every key is in the last bucket of its half.
+
+    For T5's 32 buckets and 128 it is 91. The logarithm of another device may round to one more.
+    """
+    buckets = buckets_by_distance(max_distance + 1, num_buckets, max_distance, torch.device("cpu"))
+    return max_distance + 1 - int((buckets == buckets[0]).sum())
+
+
 class RelativePositionBias(nn.Module):
     """A learned bias for each bucket and head.
 

@@ -10,7 +10,6 @@ first reduced modulo the sequence's length, which takes longer than the attentio
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,6 @@ import torch
 from cutlass import cute
 from flash_attn.cute.interface import BIN_BATCH_SEARCH_THRESH, flash_attn_varlen_func
 from sglang.srt.layers.attention.encode_only.triton_kernel import MAX_HEAD_DIM
-
-LN2 = math.log(2)
 
 _ALIGNMENT = 8
 """Of head sizes, in numbers."""
@@ -40,7 +37,7 @@ def _score_mod(has_bias: bool, cap: float, masked: bool) -> Callable[..., Any]:
     """What is done to two neighbouring scores of a query, which are in natural units.
 
     Args:
-        has_bias: whether there is a row of biases a head, in units of LOG2E.
+        has_bias: whether there is a row of biases a head.
         cap: where positive, a score s becomes `cap * tanh(s / cap)`.
         masked: whether keys beyond those to attend to are among the scores.
     """
@@ -59,7 +56,7 @@ def _score_mod(has_bias: bool, cap: float, masked: bool) -> Callable[..., Any]:
             bias = cute.make_rmem_tensor(2, cutlass.Float32)
             bias[0] = both[0]
             bias[1] = both[1]
-            score = score + bias.load() * LN2
+            score = score + bias.load()
         if cutlass.const_expr(masked):
             counts = cute.make_ptr(
                 cutlass.Int32, attend_at, cute.AddressSpace.gmem, assumed_align=4

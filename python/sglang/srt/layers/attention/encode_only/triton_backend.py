@@ -11,11 +11,10 @@ import torch
 from sglang.srt.encode_only.packing import to_device
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.attention.encode_only.bias import buckets_by_distance
+from sglang.srt.layers.attention.encode_only.bias import buckets_by_distance, last_bucket_from
 from sglang.srt.layers.attention.encode_only.packed_backend import PackedBackend, Reach, Runner
 from sglang.srt.layers.attention.encode_only.triton_kernel import (
     BIAS_MARGIN,
-    LOG2E,
     packed_attention,
 )
 
@@ -66,18 +65,16 @@ class TritonEncodeBackend(PackedBackend):
             self._use(taken)
 
     def bias_rows(self, bias: RelativePositionBias | None) -> torch.Tensor | None:
-        """`[heads, 2 * reach + 1]` float32, as `packed_attention` takes them, units included."""
+        """`[heads, 2 * reach + 1]` float32, as `packed_attention` takes them."""
         if bias is not self._bias:
             self._bias = bias
             self._bias_rows = None
             if bias is not None:
                 sizes = bias.num_buckets, bias.max_distance
                 if sizes not in self._buckets:
-                    # From `max_distance` on they are the same.
-                    self._buckets[sizes] = buckets_by_distance(
-                        bias.max_distance + BIAS_MARGIN + 1, *sizes, self.device
-                    )
-                self._bias_rows = bias.of_buckets(self._buckets[sizes]).mul_(LOG2E.value)
+                    reach = last_bucket_from(*sizes) + BIAS_MARGIN
+                    self._buckets[sizes] = buckets_by_distance(reach + 1, *sizes, self.device)
+                self._bias_rows = bias.of_buckets(self._buckets[sizes])
         return self._bias_rows
 
     def attention(

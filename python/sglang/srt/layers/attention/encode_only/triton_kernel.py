@@ -15,10 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-# Exponentials are powers of two on a GPU, so scores are kept in such units.
+# Exponentials are powers of two on a GPU.
 LOG2E = tl.constexpr(math.log2(math.e))
 # Sequences a program looks at at once, to find its own.
 SEARCH = tl.constexpr(128)
+# Partial sums a query: as many as there are keys between those of one thread.
+PARTS = tl.constexpr(8)
 
 
 class Blocks(NamedTuple):
@@ -29,6 +31,11 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
 
+    @classmethod
+    def of(cls, words: str) -> Blocks:
+        """Of `64,32,4,3`, as for an option of a command line."""
+        return cls(*map(int, words.split(",")))
+
 
 # By bytes of a number, then by the largest head size they are for.
 BLOCKS = {
@@ -36,8 +43,9 @@ BLOCKS = {
     4: {64: Blocks(64, 32, 8, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
 }
 MAX_HEAD_DIM = 256
-BIAS_MARGIN = max(b.queries + b.keys for sizes in BLOCKS.values() for b in sizes.values())
-"""How many columns at each end of a head's row of biases are alike."""
+BIAS_MARGIN = 256
+"""How many columns at each end of a head's row of biases are alike: as many as a block has queries
+and keys, or more."""
 
 
 def blocks_for(head_dim: int, dtype: torch.dtype) -> Blocks:
@@ -95,7 +103,7 @@ def _load_each(pointers, PTX: tl.constexpr):
 @triton.jit
 def _attend_keys(
     o_mv,
-    sum_m,
+    sum_mp,
     max_m,
     q_md,
     k_ptr,
@@ -103,6 +111,7 @@ def _attend_keys(
     k_stride,
     v_stride,
     bias_ptr,
+    shift,
     first_query,
     begin,
     end,
@@ -121,49 +130,60 @@ def _attend_keys(
     EDGE: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Takes the keys from `begin` to `end` into the sums; EDGE where not every query sees them."""
+    """Takes the keys from `begin` to `end` into the sums; EDGE where not every query sees them.
+
+    Scores are kept as products, before they are scaled, and their biases are in the dot from the
+    start. `shift` is what all of these scores have more, in the units of the exponential.
+    """
     m = tl.arange(0, BLOCK_M).to(tl.int64)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
     query_m = first_query + tl.arange(0, BLOCK_M)
+    k_ptr += tl.cast(begin, tl.int64) * k_stride
+    v_ptr += tl.cast(begin, tl.int64) * v_stride
     for first in tl.range(begin, end, BLOCK_N):
-        offset = tl.cast(first, tl.int64)
         if bias_ptr is not None:
-            # All of a far block is one value, so the block at the end of the row is as good. An
-            # index that is clamped here, and not key by key, is a constant from a thread's first.
-            lowest = BLOCK_M - 1 - BIAS_REACH
-            highest = BIAS_REACH - BLOCK_N + 1
-            ahead = tl.minimum(tl.maximum(first - first_query, lowest), highest)
+            ahead = first - first_query
+            if EDGE:
+                # All of a far block is one value, so the block at the end of the row is as good.
+                lowest = BLOCK_M - 1 - BIAS_REACH
+                highest = BIAS_REACH - BLOCK_N + 1
+                ahead = tl.minimum(tl.maximum(ahead, lowest), highest)
+            # Relative to a thread's first, every index is a constant.
             bias_mn = _load_each(bias_ptr + (BIAS_REACH + ahead) + (n[None, :] - m[:, None]), PTX)
-        k_nd = _load_rows(
-            k_ptr + offset * k_stride, k_stride, keys - first, BLOCK_N, BLOCK_D, QK_DIM, not EDGE
-        )
-        s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee") * scale
+        else:
+            bias_mn = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        k_nd = _load_rows(k_ptr, k_stride, keys - first, BLOCK_N, BLOCK_D, QK_DIM, not EDGE)
+        k_ptr += BLOCK_N * k_stride
         if LOGIT_CAP > 0:
-            # cap * tanh(s / cap), whose `2 / cap` is in the scale.
-            s_mn = (LOGIT_CAP * LOG2E) * (1 - 2 / (tl.exp2(s_mn) + 1))
-        key_n = first + tl.arange(0, BLOCK_N)
-        distance_mn = key_n[None, :] - query_m[:, None]
-        if bias_ptr is not None:
-            s_mn += bias_mn
+            # cap * tanh(s / cap), in the units of products.
+            s_mn = tl.dot(q_md, tl.trans(k_nd), input_precision="ieee")
+            s_mn = tl.exp2(s_mn * (2 * scale / LOGIT_CAP))
+            s_mn = (LOGIT_CAP * LOG2E / scale) * (1 - 2 / (s_mn + 1)) + bias_mn
+        else:
+            s_mn = tl.dot(q_md, tl.trans(k_nd), bias_mn, input_precision="ieee")
         if EDGE:
+            key_n = first + tl.arange(0, BLOCK_N)
             seen_mn = (key_n < keys)[None, :]
-            if CAUSAL:
-                seen_mn = seen_mn & (distance_mn <= 0)
-            if WINDOW is not None:
-                seen_mn = seen_mn & (distance_mn >= -WINDOW) & (distance_mn <= WINDOW)
+            if CAUSAL or WINDOW is not None:
+                distance_mn = key_n[None, :] - query_m[:, None]
+                if CAUSAL:
+                    seen_mn = seen_mn & (distance_mn <= 0)
+                if WINDOW is not None:
+                    seen_mn = seen_mn & (distance_mn >= -WINDOW) & (distance_mn <= WINDOW)
             s_mn = tl.where(seen_mn, s_mn, float("-inf"))
-        highest_m = tl.maximum(max_m, tl.max(s_mn, 1))
+        highest_m = tl.maximum(max_m, tl.max(s_mn, 1) * scale + shift)
         # Infinity less infinity is no number.
         base_m = tl.where(highest_m == float("-inf"), 0.0, highest_m) if EDGE else highest_m
-        p_mn = tl.exp2(s_mn - base_m[:, None])
+        p_mn = tl.exp2(s_mn * scale - (base_m - shift)[:, None])
         kept_m = tl.exp2(max_m - base_m)
         max_m = highest_m
-        sum_m = sum_m * kept_m + tl.sum(p_mn, 1)
-        v_nv = _load_rows(
-            v_ptr + offset * v_stride, v_stride, keys - first, BLOCK_N, BLOCK_V, V_DIM, not EDGE
-        )
+        # Sums of every PARTS-th key need no exchange between threads.
+        parts_mp = tl.sum(tl.reshape(p_mn, BLOCK_M, BLOCK_N // PARTS, PARTS), 1)
+        sum_mp = sum_mp * kept_m[:, None] + parts_mp
+        v_nv = _load_rows(v_ptr, v_stride, keys - first, BLOCK_N, BLOCK_V, V_DIM, not EDGE)
+        v_ptr += BLOCK_N * v_stride
         o_mv = tl.dot(p_mn.to(v_nv.dtype), v_nv, o_mv * kept_m[:, None], input_precision="ieee")
-    return o_mv, sum_m, max_m
+    return o_mv, sum_mp, max_m
 
 
 # What differs between batches leads to no other kernel: nothing is compiled for a request.
@@ -196,6 +216,7 @@ def _packed_attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BIAS_REACH: tl.constexpr,
+    BIAS_NEAR: tl.constexpr,
     LOGIT_CAP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -244,42 +265,59 @@ def _packed_attention_kernel(
     k_ptr += row * k_stride + head // GROUP * k_head_stride
     v_ptr += row * v_stride + head // GROUP * v_head_stride
     o_ptr += query_row * o_stride + head * o_head_stride
+    near = begin
+    beyond = edge
+    before = 0.0
+    after = 0.0
     if bias_ptr is not None:
         bias_ptr += head * (2 * BIAS_REACH + 1)
+        # Blocks before `near` and from `beyond` on have one bias for all of their scores.
+        near = tl.maximum(first_query - BIAS_NEAR, 0) // BLOCK_N * BLOCK_N
+        near = tl.minimum(tl.maximum(near, begin), edge)
+        beyond = tl.cdiv(first_query + BIAS_NEAR + BLOCK_M, BLOCK_N) * BLOCK_N
+        beyond = tl.minimum(beyond, edge)
+        before = scale * tl.load(bias_ptr)
+        after = scale * tl.load(bias_ptr + 2 * BIAS_REACH)
+    bounds = (begin, near, beyond, edge, end)
+    shifts = (before, 0.0, after, 0.0)
 
     q_md = _load_rows(q_ptr, q_stride, queries, BLOCK_M, BLOCK_D, QK_DIM, False)
     o_mv = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    sum_m = tl.zeros([BLOCK_M], tl.float32)
+    sum_mp = tl.zeros([BLOCK_M, PARTS], tl.float32)
     max_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for EDGE in tl.static_range(2):
-        o_mv, sum_m, max_m = _attend_keys(
-            o_mv,
-            sum_m,
-            max_m,
-            q_md,
-            k_ptr,
-            v_ptr,
-            k_stride,
-            v_stride,
-            bias_ptr,
-            first_query,
-            edge if EDGE else begin,
-            end if EDGE else edge,
-            keys,
-            scale,
-            QK_DIM,
-            V_DIM,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_V,
-            BIAS_REACH,
-            LOGIT_CAP,
-            CAUSAL,
-            WINDOW,
-            EDGE,
-            PTX,
-        )
+    for PART in tl.static_range(4):
+        # Those far before and far after are parts of their own where there is a bias.
+        if bias_ptr is not None or PART % 2 == 1:
+            o_mv, sum_mp, max_m = _attend_keys(
+                o_mv,
+                sum_mp,
+                max_m,
+                q_md,
+                k_ptr,
+                v_ptr,
+                k_stride,
+                v_stride,
+                bias_ptr if PART % 2 == 1 else None,
+                shifts[PART],
+                first_query,
+                bounds[PART],
+                bounds[PART + 1],
+                keys,
+                scale,
+                QK_DIM,
+                V_DIM,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_V,
+                BIAS_REACH,
+                LOGIT_CAP,
+                CAUSAL,
+                WINDOW,
+                PART == 3,
+                PTX,
+            )
+    sum_m = tl.sum(sum_mp, 1)
     # A query that sees no key.
     sum_m = tl.where(sum_m == 0, 1.0, sum_m)
     o_mv = o_mv / sum_m[:, None]
@@ -305,6 +343,7 @@ def packed_attention(
     logit_cap: float = 0.0,
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> torch.Tensor:
     """Attention of each sequence within itself; nothing is waited for.
 
@@ -318,11 +357,12 @@ def packed_attention(
         causal: whether a row sees only the keys up to its own position.
         window: how many tokens away a key may be; None for any.
         logit_cap: where positive, a score s becomes `cap * tanh(s / cap)`.
-        bias: `[heads, 2 * reach + 1]` float32, contiguous, what is added to the scores, in the
-            kernel's units: times LOG2E. Column `reach + d` is for a key d positions after the
-            query. The outermost `BIAS_MARGIN` columns at either end are alike, and hold for all
-            that is beyond, too.
+        bias: `[heads, 2 * reach + 1]` float32, contiguous, what is added to the scaled scores.
+            Column `reach + d` is for a key d positions after the query. The outermost
+            `BIAS_MARGIN` columns at either end are alike, and hold for all that is beyond, too.
+            Where scaling is not 1, they are divided by it in every call.
         out: where the result goes; new by default.
+        blocks: by default as `blocks_for` has it.
 
     Returns:
         `[tokens, heads, v_head_dim]` in q's dtype. A row that sees no key is zero.
@@ -334,6 +374,7 @@ def packed_attention(
     assert q_thd.dtype == k_thd.dtype == v_thd.dtype
     assert heads % kv_heads == 0 and max(head_dim, v_head_dim) <= MAX_HEAD_DIM
     assert q_thd.stride(2) == k_thd.stride(2) == v_thd.stride(2) == 1
+    assert scaling > 0
     assert len(starts) == sequences + 1 and starts.dtype == attend.dtype == torch.int32
     if out is None:
         out = q_thd.new_empty(tokens, heads, v_head_dim)
@@ -344,7 +385,10 @@ def packed_attention(
         assert bias.is_contiguous() and len(bias) == heads and bias.dtype == torch.float32
         bias_reach = bias.shape[1] // 2
         assert bias_reach >= BIAS_MARGIN
-    blocks = blocks_for(max(head_dim, v_head_dim), q_thd.dtype)
+        # Products are not scaled yet where it is added.
+        bias = bias if scaling == 1 else bias / scaling
+    blocks = blocks or blocks_for(max(head_dim, v_head_dim), q_thd.dtype)
+    assert blocks.queries + blocks.keys <= BIAS_MARGIN
     _packed_attention_kernel[(tokens // blocks.queries + sequences, heads)](
         q_thd,
         k_thd,
@@ -354,7 +398,7 @@ def packed_attention(
         attend,
         bias,
         sequences,
-        scaling * LOG2E.value * (2 / logit_cap if logit_cap > 0 else 1),
+        scaling * LOG2E.value,
         *q_thd.stride()[:2],
         *k_thd.stride()[:2],
         *v_thd.stride()[:2],
@@ -367,6 +411,7 @@ def packed_attention(
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_V=max(16, triton.next_power_of_2(v_head_dim)),
         BIAS_REACH=bias_reach,
+        BIAS_NEAR=bias_reach - BIAS_MARGIN,
         LOGIT_CAP=logit_cap,
         CAUSAL=causal,
         WINDOW=window,
