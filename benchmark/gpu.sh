@@ -20,7 +20,7 @@ measure() {
 
 folder=$(realpath "$1")
 sizes=(--shape t5-xxl --device cuda --length 77 512 --batch 1 8 --rounds 15 --slow-rounds 15)
-measure attention python3 -m benchmark.attention
+measure attention python3 -m benchmark.attention --blocks 64,64,4,2 128,32,8,3 128,64,8,3
 measure rows python3 -m benchmark.rows
 measure graphs python3 -m benchmark.graphs --shape t5-xxl
 measure t5-xxl python3 -m benchmark.encode "${sizes[@]}" \

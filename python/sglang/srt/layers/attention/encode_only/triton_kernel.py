@@ -288,39 +288,41 @@ def _packed_attention_kernel(
     for PART in tl.static_range(4):
         # Those far before and far after are parts of their own where there is a bias.
         if bias_ptr is not None or PART % 2 == 1:
-            o_mv, sum_mp, max_m = _attend_keys(
-                o_mv,
-                sum_mp,
-                max_m,
-                q_md,
-                k_ptr,
-                v_ptr,
-                k_stride,
-                v_stride,
-                bias_ptr if PART % 2 == 1 else None,
-                shifts[PART],
-                first_query,
-                bounds[PART],
-                bounds[PART + 1],
-                keys,
-                scale,
-                QK_DIM,
-                V_DIM,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_V,
-                BIAS_REACH,
-                LOGIT_CAP,
-                CAUSAL,
-                WINDOW,
-                PART == 3,
-                PTX,
-            )
+            # A loop without keys would still begin to load some.
+            if bounds[PART] < bounds[PART + 1]:
+                o_mv, sum_mp, max_m = _attend_keys(
+                    o_mv,
+                    sum_mp,
+                    max_m,
+                    q_md,
+                    k_ptr,
+                    v_ptr,
+                    k_stride,
+                    v_stride,
+                    bias_ptr if PART % 2 == 1 else None,
+                    shifts[PART],
+                    first_query,
+                    bounds[PART],
+                    bounds[PART + 1],
+                    keys,
+                    scale,
+                    QK_DIM,
+                    V_DIM,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_V,
+                    BIAS_REACH,
+                    LOGIT_CAP,
+                    CAUSAL,
+                    WINDOW,
+                    PART == 3,
+                    PTX,
+                )
     sum_m = tl.sum(sum_mp, 1)
     # A query that sees no key.
     sum_m = tl.where(sum_m == 0, 1.0, sum_m)
-    o_mv = o_mv / sum_m[:, None]
+    o_mv *= (1 / sum_m)[:, None]
     m = tl.arange(0, BLOCK_M)[:, None]
     v = tl.arange(0, BLOCK_V)[None, :]
     tl.store(
