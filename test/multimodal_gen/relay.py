@@ -22,7 +22,7 @@ class Relay:
     """Holds a free loopback port. Nobody answers there but while `to` holds.
 
     Attributes:
-        received: how many bytes callers have sent to whom `to` named,
+        received: how many bytes callers have sent to whoever answered,
         encodes: and how many requests to encode were among them.
     """
 
@@ -110,9 +110,11 @@ class Relay:
     def saying(self, answer: bytes) -> Iterator[None]:
         """While this holds, whoever connects and speaks is answered `answer`, and cut off."""
 
+        relay = self
+
         class Say(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                self.request.recv(65536)
+                relay._count(self.request.recv(65536))
                 self.request.sendall(answer)
 
         with self._serving(Say):

@@ -117,6 +117,28 @@ def test_one_that_fails_is_passed_over_and_asked_again_later(
                 time.sleep(0.2)
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_prompt_that_ends_servers_is_given_to_two(
+    count: int, t5_folder: Path, t5_server: LocalServer
+) -> None:
+    """Else it would end all of them, or one as often as it is started again."""
+    relays = [Relay() for _ in range(count)]
+    urls = [relay.url for relay in relays]
+    mine = Checkpoint.read(str(t5_folder))
+    ask = EncodeServers("text_encoder", urls, mine, TIMEOUT, patience=20 * TIMEOUT)
+    with contextlib.ExitStack() as stack:
+        for relay in relays:
+            stack.enter_context(relay.saying(b""))
+        with pytest.raises(EncoderError, match="so no other gets it") as raised:
+            ask(prompt(1))
+    asked = [relay for relay in relays if relay.encodes]
+    assert sum(relay.encodes for relay in relays) == 2 and len(asked) == min(count, 2)
+    assert all(relay.url in str(raised.value) for relay in asked)
+    # Others are served once there is somebody.
+    with relays[-1].to(t5_server.url):
+        assert ask(prompt(2))[0].prompt_tokens == 9
+
+
 def test_a_pooled_vector_of_another_width_is_refused(relays, tmp_path: Path) -> None:
     """Though the server says that it is the pipeline's encoder."""
     config = transformers.CLIPTextConfig(

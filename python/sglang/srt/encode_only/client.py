@@ -42,11 +42,13 @@ class EncoderUnavailable(ConnectionError):
 
     Attributes:
         url: of the server.
+        lost: whether it had the request, and its connection ended.
     """
 
-    def __init__(self, url: str, cause: str):
+    def __init__(self, url: str, cause: str, *, lost: bool = False):
         super().__init__(f"The encoder at {url} is unavailable: {cause}.")
         self.url = url
+        self.lost = lost
 
 
 class EncoderClient:
@@ -170,7 +172,7 @@ class EncoderClient:
         waiting: Waiting | None = None,
     ) -> list[EncodeOutput]:
         waiting = self._begun(waiting, timeout)
-        with _unavailable(self.base_url), contextlib.suppress(Unanswered):
+        with _unavailable(self.base_url, waiting), contextlib.suppress(Unanswered):
             outputs = self._by_line(waiting, request)
             if outputs is not None:
                 return outputs
@@ -194,7 +196,7 @@ class EncoderClient:
     def _by_http(
         self, waiting: Waiting, method: str, body: bytes | None = None
     ) -> tuple[httpx.Response, bytes]:
-        with _unavailable(self.base_url):
+        with _unavailable(self.base_url, waiting):
             response = self._send(waiting, method, body)
             content = _content(response)
             if response.status_code == 404 and not (content or self._routed):
@@ -389,11 +391,12 @@ def _lent(
 
 
 @contextlib.contextmanager
-def _unavailable(url: str) -> Iterator[None]:
+def _unavailable(url: str, waiting: Waiting) -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise EncoderUnavailable(url, f"{type(error).__name__}: {error}") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise EncoderUnavailable(url, cause, lost=waiting.lost) from error
 
 
 def _check_status(url: str, response: httpx.Response, body: wire.Body) -> None:

@@ -45,10 +45,15 @@ class Unanswered(httpx.ReadError):
 
 
 class Waiting:
-    """A caller's wait for one answer, which another thread may end."""
+    """A caller's wait for one answer, which another thread may end.
+
+    Attributes:
+        lost: whether a connection has ended that had the request, perhaps with who was there.
+    """
 
     def __init__(self) -> None:
         self.deadline = Deadline(None)
+        self.lost = False
         self._sock: socket.socket | None = None
         self._abandoned = False
 
@@ -67,6 +72,7 @@ class Waiting:
                 ends.callback(answer.close)
                 answer.begin()
             except ConnectionError as error:
+                self.lost = True
                 raise Unanswered(f"the connection ended unanswered ({error})") from error
             body = _body_of(answer)
         response = httpx.Response(answer.status, headers=answer.getheaders(), stream=Buffer(body))
@@ -81,8 +87,10 @@ class Waiting:
                 self.deadline.bound(sock)
                 answer = sock.recv(MAX_LINE_ANSWER)
             except ConnectionError as error:
+                self.lost = True
                 raise Unanswered(f"the line ended ({error})") from error
         if not answer:
+            self.lost = True
             raise Unanswered("the line ended")
         return answer
 

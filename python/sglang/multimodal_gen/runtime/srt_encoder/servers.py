@@ -27,6 +27,9 @@ INFO_TIMEOUT = 5.0
 RETRY = 0.5
 """Seconds until servers that are started again are asked again."""
 
+MOST_LOST = 2
+"""How many servers may end while they have a prompt; it is given to no other then."""
+
 SLACK = 1
 """How many more calls than the least busy server the one that knows a prompt may have."""
 
@@ -113,12 +116,14 @@ class EncodeServers:
         """An output an input.
 
         Raises:
-            EncoderError: no server answers, or one refuses, or one serves another model.
+            EncoderError: no server answers, or one refuses, or one serves another model; or
+                `MOST_LOST` have ended with the inputs.
         """
         deadline = time.monotonic() + self._patience
         timeout = self._timeout
+        lost: list[str] = []
         while True:
-            outputs, down = self._ask_each(inputs, timeout)
+            outputs, down = self._ask_each(inputs, timeout, lost)
             if outputs is not None:
                 return outputs
             left = deadline - time.monotonic() - RETRY
@@ -128,9 +133,13 @@ class EncodeServers:
             timeout = min(self._timeout, left)
 
     def _ask_each(
-        self, inputs: list[EncodeInput], timeout: float
+        self, inputs: list[EncodeInput], timeout: float, lost: list[str]
     ) -> tuple[list[EncodeOutput] | None, list[str]]:
-        """The answer of the first server that gives one, and why others gave none."""
+        """The answer of the first server that gives one, and why others gave none.
+
+        Args:
+            lost: what is said of those that had the inputs and ended, from call to call.
+        """
         down: list[str] = []
         for server in self._in_order(inputs):
             client = server.client
@@ -143,6 +152,11 @@ class EncodeServers:
                     return outputs, down
             except EncoderUnavailable as error:
                 down.append(str(error))
+                if error.lost:
+                    lost.append(str(error))
+                if len(lost) == MOST_LOST:
+                    said = "These servers ended while they had the prompt, so no other gets it."
+                    raise self._error(f"{said} {' '.join(lost)}") from error
             except RequestError as error:
                 if error.status != 429:
                     # Perhaps because of what it serves.

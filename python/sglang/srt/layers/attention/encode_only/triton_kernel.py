@@ -287,7 +287,7 @@ def _packed_attention_kernel(
     max_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for PART in tl.static_range(4):
         # Those far before and far after are parts of their own where there is a bias.
-        if bias_ptr is not None or PART % 2 == 1:
+        if bias_ptr is not None or PART % 2 == 1:  # noqa: SIM102 - known when it is compiled
             # A loop without keys would still begin to load some.
             if bounds[PART] < bounds[PART + 1]:
                 o_mv, sum_mp, max_m = _attend_keys(
