@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
-from sglang.srt.encode_only import scheduler_line, wire
+from sglang.srt.encode_only import line_keys, wire
 from sglang.srt.encode_only.line import Address
 from sglang.srt.encode_only.request import RequestError
 from sglang.srt.encode_only.service import EncodeService, no_generation, service_of
@@ -185,7 +185,7 @@ def _line(request: Request) -> dict[str, str]:
     if not _is_here(request):
         return {}
     service = _service()
-    key = scheduler_line.tell(service.info, service.updates)
+    key = line_keys.tell(service.info, service.updates)
     if key is None:
         return {}
     return {wire.LINE: Address(request.scope["server"][1], key).header()}

@@ -86,9 +86,9 @@ def _enter_server() -> None:
     _server_pid = os.getpid()
     seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "server")
     if multiprocessing.parent_process() is None:
-        from sglang.srt.encode_only import scheduler_line
+        from sglang.srt.encode_only import line_keys
 
-        scheduler_line.make_keys()
+        line_keys.make_keys()
     if http_server := sys.modules.get("sglang.srt.entrypoints.http_server"):
         from sglang.srt.encode_only import http_api
 

@@ -16,20 +16,19 @@ import dataclasses
 import functools
 import hmac
 import logging
-import os
-import secrets
 import select
 import socket
 import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 from sglang.srt.encode_only import metrics, packing, wire
 from sglang.srt.encode_only.line import BY_HTTP, MAX_MESSAGE, name_of, refusal, success
+from sglang.srt.encode_only.line_keys import Keys, Served, keys_in_use
 from sglang.srt.encode_only.outputs import given_up
 from sglang.srt.encode_only.outputs import refusal as refused
 from sglang.srt.encode_only.request import EncoderInfo, RequestError
@@ -48,7 +47,7 @@ from sglang.srt.managers.io_struct import (
     UpdateWeightsFromIPCReqInput,
     UpdateWeightsFromTensorReqInput,
 )
-from sglang.srt.runtime_context import get_observability, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_observability, get_schedule
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -62,9 +61,6 @@ logger = logging.getLogger(__name__)
 
 MAX_CALLERS = 1024
 """Most lines at a time; who finds none speaks HTTP."""
-
-_KEYS = "SGLANG_ENCODE_LINE"
-"""The environment variable by which a server and its scheduler have the same keys."""
 
 _STOPS = (PauseGenerationReqInput, ReleaseMemoryOccupationReqInput)
 _GOES_ON = (
@@ -85,36 +81,6 @@ _NEEDS_PEACE = (ShutdownReq, ReleaseMemoryOccupationReqInput, *_UPDATES)
 """What comes when no request is under way, as far as the tokenizer manager knows."""
 
 _line: SchedulerLine | None = None
-
-
-class _Keys(NamedTuple):
-    """What one end shows the other.
-
-    Attributes:
-        callers: of whoever may speak to the server.
-        server: of the server itself.
-    """
-
-    callers: str
-    server: str
-
-    @classmethod
-    def own(cls) -> _Keys | None:
-        """Those of this process's server; None where there is none."""
-        given = os.environ.get(_KEYS)
-        return cls(*given.split()) if given else None
-
-
-class _Served(msgspec.Struct, frozen=True):
-    """What a server tells its scheduler.
-
-    Attributes:
-        info: what its callers are told.
-        updates: how many updates of weights have ended.
-    """
-
-    info: EncoderInfo
-    updates: int
 
 
 class _ByHttp(Exception):
@@ -165,7 +131,7 @@ class SchedulerLine:
         OSError: it cannot.
     """
 
-    def __init__(self, keys: _Keys):
+    def __init__(self, keys: Keys):
         self._key, self._server_key = (key.encode() for key in keys)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self._listener.bind(name_of(keys.callers))
@@ -270,7 +236,7 @@ class SchedulerLine:
         return metrics.observer() if get_observability().enable_metrics else None
 
     def _be_told(self, message: bytes) -> None:
-        served = msgspec.json.decode(message, type=_Served)
+        served = msgspec.json.decode(message, type=Served)
         # It may have been on its way while an update began.
         if served.updates >= self._updates:
             self._info = served.info
@@ -419,58 +385,16 @@ def _request(token_ids: list[int], params: packing.Packed) -> TokenizedEmbedding
     )
 
 
-def make_keys() -> None:
-    """Gives keys to the server that this process is about to start."""
-    os.environ[_KEYS] = f"{secrets.token_hex(32)} {secrets.token_hex(32)}"
-
-
-def tell(info: EncoderInfo, updates: int) -> str | None:
-    """Tells the scheduler what its callers are told, once.
-
-    Args:
-        updates: how many updates of weights have ended.
-
-    Returns:
-        What a caller begins with; None where there is no line, or the scheduler takes nobody now.
-    """
-    keys = _keys_in_use()
-    if keys is None:
-        return None
-    try:
-        _tell(keys, _Served(info, updates))
-    except OSError as error:
-        # It is tried again for the next answer.
-        logger.debug("The scheduler is not told what it serves: %s.", error)
-        return None
-    return keys.callers
-
-
-@functools.lru_cache(maxsize=1)
-def _tell(keys: _Keys, served: _Served) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.setblocking(False)
-        sock.connect(name_of(keys.callers))
-        sock.send(keys.server.encode() + b" " + msgspec.json.encode(served))
-
-
 def open_line() -> None:
     """Listens, in a scheduler that receives requests, if it is a server's."""
     global _line
-    keys = _keys_in_use()
+    keys = keys_in_use()
     if keys is None:
         return
     try:
         _line = SchedulerLine(keys)
     except OSError as error:
         logger.info("Token ids come by HTTP, since there is no other way to listen: %s.", error)
-
-
-def _keys_in_use() -> _Keys | None:
-    """Those of this process's server; None where its tokenizer manager has to see every request: it
-    logs and traces them, and of several schedulers chooses one."""
-    parallel, seen = get_parallel(), get_observability()
-    several = parallel.dp_size > 1 or parallel.pp_size > 1
-    return None if several or seen.log_requests or seen.enable_trace else _Keys.own()
 
 
 def current() -> SchedulerLine | None:
