@@ -96,7 +96,8 @@ def test_weights_are_given_back_and_replaced(epilogue, dtype: torch.dtype) -> No
     assert torch.equal(parameter, before)
     parameter.data.mul_(-1)
     method.process_weights_after_loading(layer)
-    x = torch.randn(3, 24).to(dtype)
+    # Of a few products one may be most of the norm, and be rounded three times the same way.
+    x = torch.randn(100, 24).to(dtype)
     product = x.double() @ -before.double().T
     if epilogue is not None:
         first, second = product.split(8, dim=-1)
