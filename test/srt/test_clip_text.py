@@ -1,4 +1,4 @@
-"""CLIP's text encoders against transformers in float32."""
+"""CLIP's text encoders against transformers in float64."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def random_text_config(rng: random.Random, **fixed: Any) -> dict[str, Any]:
 def write_clip(
     folder: Path, text: dict[str, Any], architecture: str = "CLIPTextModel", seed: int = 0
 ) -> PreTrainedModel:
-    """Writes a random checkpoint in float32 and gives back its model."""
+    """Writes a random checkpoint in float32 and gives back its model in float64."""
     if architecture == "CLIPModel":
         vision = {
             "hidden_size": 16,
@@ -73,7 +73,7 @@ def write_clip(
         else:
             param.data = noise * param[0].numel() ** -0.5
     model.eval().save_pretrained(folder)
-    return model
+    return model.double()
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def reference(
 
 def error_of(states: torch.Tensor, expected: torch.Tensor) -> float:
     assert states.shape == expected.shape
-    return float((states.float() - expected).norm() / expected.norm())
+    return float((states.double() - expected).norm() / expected.norm())
 
 
 def random_prompts(
@@ -136,10 +136,10 @@ def test_random_checkpoints(case: int, seed: int, tmp_path: Path, open_encoder: 
             assert found[0].dtype == getattr(torch, dtype)
             expected = torch.cat([states[layer] for states, _ in references])
             # A width of a few numbers rounds badly, in transformers too.
-            bound = 1.25 * error_of(torch.cat([states[layer] for states, _ in theirs]), expected)
+            bound = 1.5 * error_of(torch.cat([states[layer] for states, _ in theirs]), expected)
             assert error_of(torch.cat(found), expected) < max(rounding, bound), (dtype, layer)
         expected = torch.cat([pooled for _, pooled in references])
-        bound = 1.25 * error_of(torch.cat([pooled for _, pooled in theirs]), expected)
+        bound = 1.5 * error_of(torch.cat([pooled for _, pooled in theirs]), expected)
         pooled = [output.pooled for output in outputs if output.pooled is not None]
         assert pooled[0].dtype == getattr(torch, dtype)
         assert error_of(torch.cat(pooled), expected) < max(rounding, bound), dtype
@@ -168,7 +168,9 @@ def test_attend_and_skip(architecture: str, seed: int, tmp_path: Path, open_enco
 
 def test_a_pooled_vector_alone(seed: int, tmp_path: Path, open_encoder: Open) -> None:
     rng = random.Random(seed)
-    model = write_clip(tmp_path, random_text_config(rng), "CLIPTextModelWithProjection", seed)
+    # A row of a few numbers rounds badly, in transformers too.
+    text = random_text_config(rng, hidden_size=80, num_attention_heads=4)
+    model = write_clip(tmp_path, text, "CLIPTextModelWithProjection", seed)
     prompts = random_prompts(rng, 10, model.config)
     outputs = open_encoder(tmp_path).encode(
         [EncodeInput(token_ids=i, spec=EncodeSpec(layers=(), pooled=True)) for i in prompts]
@@ -202,10 +204,9 @@ def test_names_with_and_without_what_transformers_put_before_them(
     prefix: str, tmp_path: Path, open_encoder: Open
 ) -> None:
     model = write_clip(tmp_path, random_text_config(random.Random(1)))
-    state = {name.removeprefix("text_model."): t for name, t in model.state_dict().items()}
-    written = {name: None for name in model.state_dict()} | {
-        f"text_model.{name}": None for name in state
-    }
+    tensors = model.float().state_dict()
+    state = {name.removeprefix("text_model."): t for name, t in tensors.items()}
+    written = {name: None for name in tensors} | {f"text_model.{name}": None for name in state}
     edit_weights(tmp_path, **(written | {prefix + name: t for name, t in state.items()}))
     [output] = open_encoder(tmp_path).encode([EncodeInput(token_ids=[4, 5, 6])])
     expected = reference(model, [4, 5, 6])[0][-1]
