@@ -98,7 +98,7 @@ def test_nobody_listens(kind, method):
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     with pytest.raises(EncoderUnavailable, match="refused") as caught:
         call(kind, url, *method)
-    assert caught.value.url == url
+    assert caught.value.url == url and not caught.value.lost
     assert url in str(caught.value)
     assert issubclass(EncoderUnavailable, ConnectionError)
 
@@ -294,7 +294,7 @@ def test_a_server_that_is_killed_under_requests(guarded_server):
         try:
             call(kind, url, "encode", "a text", api_key=API_KEY, timeout=120)
         except EncoderUnavailable as error:
-            failures.append(str(error))
+            failures.append(error)
 
     with EncoderClient(url, api_key=API_KEY) as client:
         before = client.encode("a text")[0].last_hidden_state
@@ -306,7 +306,8 @@ def test_a_server_that_is_killed_under_requests(guarded_server):
             guarded_server.process.kill()
             for thread in threads:
                 thread.join(30)
-        assert [url in failure for failure in failures] == [True, True]
+        assert [url in str(failure) for failure in failures] == [True, True]
+        assert all(failure.lost for failure in failures)
         for kind in ("sync", "async"):
             with pytest.raises(EncoderUnavailable, match=r"refused|ended unanswered"):
                 call(kind, url, "encode", "a text", api_key=API_KEY)

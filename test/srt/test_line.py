@@ -473,8 +473,9 @@ def test_a_server_that_is_killed(guarded_server):
                 scheduler.kill()
             guarded_server.process.kill()
         for call in calls:
-            with pytest.raises(EncoderUnavailable):
+            with pytest.raises(EncoderUnavailable) as raised:
                 call.result(30)
+            assert raised.value.lost
         with pytest.raises(EncoderUnavailable):
             client.encode(IDS)
         guarded_server.restart()
