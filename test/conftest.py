@@ -118,7 +118,10 @@ def guarded_server(t5_folder: Path) -> Iterator[LocalServer]:
     arguments += ("--max-queued-requests", str(QUEUE))
     # Two of the longest inputs are two batches.
     arguments += ("--max-prefill-tokens", "600")
-    with LocalServer(t5_folder, *arguments) as server:
+    # One that fails takes so many seconds.
+    with LocalServer(
+        t5_folder, *arguments, environment={"SGLANG_HEALTH_CHECK_TIMEOUT": "3"}
+    ) as server:
         yield server
 
 

@@ -173,6 +173,29 @@ def test_parameters_that_only_the_route_gives(t5_server, inputs):
     assert answer.status_code == 400 and "custom_params" in answer.text
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("/v1/embeddings", {"input": [10**9]}, "out of range"),
+        ("/v1/embeddings", {"input": [[5], [-1]]}, "out of range"),
+        ("/v1/embeddings", {"input": [[5], []]}, "no tokens"),
+        ("/encode", {"input_ids": [-1]}, "out of range"),
+        ("/encode", {"input_ids": [[5, 6], [10**9]]}, "out of range"),
+        ("/encode", {"text": "a", "input_embeds": [[0.5] * 64]}, "texts or token ids alone"),
+        (
+            "/v1/embeddings",
+            {"input": [5, 6], "embed_override_token_id": 5, "embed_overrides": [[[0.5] * 64]]},
+            "texts or token ids alone",
+        ),
+    ],
+)
+def test_what_plain_embeddings_refuse(t5_server, path, body, said):
+    """Of these, srt checks next to nothing, and what reached the model would end the server."""
+    answer = httpx.post(t5_server.url + path, json={"model": "t5"} | body, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert said in answer.text
+
+
 def test_a_missing_key_is_refused_in_our_shape(guarded_server):
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic x"}):
         answer = httpx.post(

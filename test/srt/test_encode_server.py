@@ -301,6 +301,46 @@ def test_an_update_that_fails_leaves_the_weights(t5_server, client, t5_folder, t
     assert_close(client.encode([5, 6, 7])[0].last_hidden_state, before)
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"model_path": "/nowhere"},
+        {"load_format": "pt"},
+        {"model_path": "/nowhere", "load_format": "pt"},
+    ],
+)
+def test_updates_that_fail_one_after_the_other(t5_server, client, t5_folder, tmp_path, first):
+    """Neither the folder nor the format of one that failed is what the next goes back to."""
+    model = T5EncoderModel.from_pretrained(t5_folder)
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, **{"encoder.final_layer_norm.weight": None})
+    before = client.encode([5, 6, 7])[0].last_hidden_state
+    url = f"{t5_server.url}/update_weights_from_disk"
+    for fields in ({"model_path": str(t5_folder)} | first, {"model_path": str(tmp_path)}):
+        answer = httpx.post(url, json=fields, timeout=60)
+        assert answer.status_code == 400, answer.text
+        assert_close(client.encode([5, 6, 7])[0].last_hidden_state, before)
+    assert f"The weights of {t5_folder} are loaded again" in answer.text
+
+
+def test_updates_a_part_at_a_time_are_refused(t5_server, client):
+    before = client.encode([5, 6, 7])[0].last_hidden_state
+    tensors = {"serialized_named_tensors": [], "names": [], "dtypes": [], "shapes": []}
+    for route in ("begin_weight_update", "update_weights_from_tensor", "end_weight_update"):
+        body = tensors if "tensor" in route else {}
+        answer = httpx.post(f"{t5_server.url}/{route}", json=body, timeout=60)
+        assert answer.status_code == 400 and "/update_weights_from_disk" in answer.text, route
+        assert_close(client.encode([5, 6, 7])[0].last_hidden_state, before)
+
+
+def test_a_health_check_that_failed_keeps_nobody_out(guarded_server):
+    """As one does that comes while a long batch runs."""
+    with EncoderClient(guarded_server.url, api_key=API_KEY, share_memory=False) as client:
+        with frozen_scheduler(guarded_server):
+            assert httpx.get(f"{guarded_server.url}/health_generate", timeout=60).is_server_error
+        assert client.encode([5, 6, 7])[0].prompt_tokens == 3
+
+
 def test_the_route_is_in_the_api_description(t5_server):
     paths = httpx.get(f"{t5_server.url}/openapi.json", timeout=60).json()["paths"]
     schema = paths[wire.ROUTE]["post"]["requestBody"]["content"]["application/json"]["schema"]
@@ -347,9 +387,11 @@ def test_two_tokenizer_workers_and_two_ranks(doubled_server, t5_reference, rng):
 
 
 ENGINE = """
+import os
 import sys
 import torch
 import sglang
+from sglang.srt.server_args import ServerArgs
 
 if __name__ == "__main__":
     engine = sglang.Engine(model_path=sys.argv[1], device=sys.argv[3], is_embedding_encoder=True)
@@ -361,6 +403,10 @@ if __name__ == "__main__":
     except ValueError as error:
         print("refused:", error)
     outputs += engine.encode("two foxes")
+    # As an encoder of this process beside the server would.
+    key = os.environ["SGLANG_ENCODE_LINE"]
+    ServerArgs(model_path=sys.argv[1], is_embedding_encoder=True).resolve_once()
+    assert os.environ["SGLANG_ENCODE_LINE"] == key, "Who has a line could give no key again."
     engine.shutdown()
     torch.save([output.hidden_states for output in outputs], sys.argv[2])
 """

@@ -20,12 +20,13 @@ import httpx
 import psutil
 import pytest
 import torch
-from sglang.srt.encode_only import line, wire
+from sglang.srt.encode_only import http_api, line, scheduler_line, wire
 from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient, EncoderUnavailable
 from sglang.srt.encode_only.line import Address
 from sglang.srt.encode_only.local_server import LocalServer
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
 from sglang.srt.encode_only.shared_memory import Memory
+from starlette.requests import Request
 
 from checkpoints import fresh_seed
 from server_control import API_KEY, QUEUE, frozen_scheduler, metric, schedulers
@@ -192,6 +193,23 @@ def test_what_is_no_request(t5_server, client):
     assert client.encode([[3] * 500] * 300)[299].prompt_tokens == 500
 
 
+@pytest.mark.parametrize(
+    ("address", "here"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        # Of IPv4 callers, a server on `::` hears so.
+        ("::ffff:127.0.0.1", True),
+        ("::ffff:10.0.0.1", False),
+        ("10.0.0.1", False),
+        ("localhost", False),
+    ],
+)
+def test_who_is_on_the_host(address: str, here: bool):
+    request = Request({"type": "http", "client": (address, 40000)})
+    assert http_api._is_here(request) is here
+
+
 def test_strangers_are_not_heard(t5_server, client):
     address = address_of(t5_server)
     memory = Memory()
@@ -221,6 +239,36 @@ def test_the_key_is_for_those_who_may_speak(guarded_server):
     answer = httpx.get(guarded_server.url + wire.ROUTE)
     assert answer.status_code == 401 and wire.LINE not in answer.headers
     assert address_of(guarded_server, Authorization=f"Bearer {API_KEY}")
+
+
+def test_strangers_do_not_keep_others_out(t5_server, client):
+    """Who holds all connections, and gives no key, makes room for who comes next."""
+    address = address_of(t5_server)
+    with contextlib.ExitStack() as stack:
+        for _ in range(scheduler_line.MAX_CALLERS):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            sock.connect(address.name)
+        with EncoderClient(t5_server.url, timeout=60) as late:
+            late.info()
+            with frozen_http(t5_server):
+                assert late.encode(IDS)[0].prompt_tokens == 3
+
+
+def test_requests_that_are_watched_come_by_http(t5_server, client, tmp_path):
+    """Who logs and dumps them is not in the scheduler."""
+    url = f"{t5_server.url}/configure_logging"
+    for watch, do_not in (
+        ({"log_requests": True}, {"log_requests": False}),
+        ({"crash_dump_folder": str(tmp_path)}, {"crash_dump_folder": ""}),
+    ):
+        assert httpx.post(url, json=watch, timeout=60).status_code == 200
+        assert wire.LINE not in httpx.get(t5_server.url + wire.ROUTE).headers
+        with frozen_http(t5_server), pytest.raises(EncoderUnavailable, match="timed out"):
+            client.encode_inputs([EncodeInput(token_ids=IDS)], timeout=1)
+        assert httpx.post(url, json=do_not, timeout=60).status_code == 200
+        client.info()
+        with frozen_http(t5_server):
+            assert client.encode(IDS)[0].prompt_tokens == 3
 
 
 def test_memory_that_is_not_what_was_offered(t5_server, client, tmp_path):

@@ -12,7 +12,7 @@ from sglang.srt.encode_only import server_args as encode_only_args
 from sglang.srt.encode_only.encoders import MAX_LENGTH
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
-from transformers import BertConfig
+from transformers import BertConfig, DeepseekV2Config, GptOssConfig, Qwen3NextConfig
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,6 +94,8 @@ def test_graphs_of_an_encoder_are_as_asked(graphs: str, monkeypatch, t5_folder: 
         ("attention_backend", "torch_native", "--attention-backend torch_native"),
         ("encoder_only", True, "--encoder-only"),
         ("enable_lora", True, "--enable-lora"),
+        ("prefill_attention_backend", "encode_only", "--prefill-attention-backend encode_only"),
+        ("decode_attention_backend", "triton", "--decode-attention-backend triton"),
     ],
 )
 def test_a_contradiction_names_the_flag_and_the_reason(
@@ -103,6 +105,41 @@ def test_a_contradiction_names_the_flag_and_the_reason(
         resolved(monkeypatch, model_path=str(t5_folder), **{field: value})
     assert flag in str(error.value)
     assert "contradicts --is-embedding-encoder: " in str(error.value)
+
+
+def test_fewer_tokens_than_a_batch_are_refused(monkeypatch, t5_folder: Path):
+    """A batch that there is no room for would wait for ever."""
+    with pytest.raises(ValueError, match="--max-total-tokens 600 has no room for a batch of 16384"):
+        resolved(monkeypatch, model_path=str(t5_folder), max_total_tokens=600)
+    fields = {"max_total_tokens": 1200, "max_prefill_tokens": 500, "context_length": 600}
+    assert resolved(monkeypatch, model_path=str(t5_folder), **fields).max_total_tokens == 1200
+
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "said"),
+    [
+        (DeepseekV2Config(**TINY, kv_lora_rank=16), "DeepseekV2ForCausalLM", "latent attention"),
+        (Qwen3NextConfig(**TINY), "Qwen3NextForCausalLM", "linear attention"),
+        (GptOssConfig(**TINY, num_local_experts=2), "GptOssForCausalLM", "sliding windows"),
+    ],
+)
+def test_language_models_of_other_layers_are_refused_by_name(
+    monkeypatch, tmp_path: Path, config, architecture, said
+):
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"cannot serve {architecture}, which has .*{said}"):
+        resolved(monkeypatch, model_path=str(tmp_path))
 
 
 def test_a_model_that_is_no_encoder_is_refused_with_the_list_of_those(monkeypatch, tmp_path: Path):

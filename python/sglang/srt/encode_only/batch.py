@@ -7,6 +7,7 @@ there is anything to prepare for an encoder: no slots in a KV cache, no prefix, 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,14 @@ def send_straight_back(original: Any, *args: Any, **kwargs: Any) -> SchedulerIpc
 
 
 def allow_no_kv_pool(original: Any, *args: Any, **kwargs: Any) -> None:
-    """AROUND the check that an out-of-tree platform has a KV cache: encode-only mode has none."""
+    """AROUND the check of which KV caches there may be none of: any that encode-only mode would
+    have, on any platform. `server_args.py` has refused models with others."""
+
+
+def no_kv_budget(original: Any, *args: Any, **kwargs: Any) -> int:
+    """AROUND what memory has room for in a KV cache, in bytes: `max_total_tokens` alone bounds a
+    batch."""
+    return sys.maxsize
 
 
 def pack(batch: Sequence[EncodeInput], device: torch.device) -> ForwardBatch:

@@ -11,7 +11,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pkgutil import resolve_name
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from sglang.srt.encode_only.request import EncoderInfo
@@ -33,8 +33,6 @@ class Encoder(msgspec.Struct, frozen=True, kw_only=True):
             whole prompt, never a prefix.
         max_positions: the field of the text config that limits the length; None for relative
             positions.
-        embedding: the vector that `/v1/embeddings` gives: the `mean` of the last hidden state over
-            tokens, that of the `last` token, or the `pooled` vector.
         pooled_size: the field of the text config with the width of the pooled vector; None for a
             model that has none.
         stock: whether stock srt serves the architecture too, in a way of its own.
@@ -44,7 +42,6 @@ class Encoder(msgspec.Struct, frozen=True, kw_only=True):
     decoder: bool = False
     causal: bool = False
     max_positions: str | None = None
-    embedding: Literal["mean", "last", "pooled"] = "mean"
     pooled_size: str | None = None
     stock: bool = False
 
@@ -62,7 +59,6 @@ _CLIP = Encoder(
     model="sglang.srt.models.clip_text:CLIPTextModel",
     causal=True,
     max_positions="max_position_embeddings",
-    embedding="pooled",
     pooled_size="hidden_size",
 )
 _CLIP_WITH_PROJECTION = msgspec.structs.replace(
@@ -78,7 +74,6 @@ def _decoder(model: str) -> Encoder:
         decoder=True,
         causal=True,
         max_positions="max_position_embeddings",
-        embedding="last",
         stock=True,
     )
 

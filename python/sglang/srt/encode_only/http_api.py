@@ -33,6 +33,8 @@ _REQUEST_BODY = {
     "required": True,
     "content": {wire.JSON: {"schema": msgspec.json.schema(wire.EncodeRequest)}},
 }
+_AT_ONCE = 1 << 20
+"""Bytes of an answer that are written in less time than a thread takes to begin."""
 _GENERATING = (
     "/generate",
     "/v1/completions",
@@ -169,14 +171,21 @@ async def _answer(body: bytearray, request: Request) -> Response:
             headers = {wire.IN_MEMORY: str(written), **_line(request)}
             return Response(b"", media_type=wire.SAFETENSORS, headers=headers)
     outputs = await service.run(inputs, truncated, request)
-    content, media_type = wire.write_answer(outputs, info, asked.encoding_format)
+    write = functools.partial(wire.write_answer, outputs, info, asked.encoding_format)
+    large = wire.answer_bytes(inputs, info, asked.encoding_format) > _AT_ONCE
+    # Meanwhile others are answered.
+    content, media_type = await asyncio.to_thread(write) if large else write()
     return Response(content, media_type=media_type)
 
 
 def _is_here(request: Request) -> bool:
     """Whether the caller is on this host, as far as its address tells."""
+    if request.client is None:
+        return False
     with contextlib.suppress(ValueError):
-        return request.client is not None and ip_address(request.client.host).is_loopback
+        address = ip_address(request.client.host)
+        # A server on `::` sees IPv4 callers so.
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     return False
 
 
@@ -185,6 +194,8 @@ def _line(request: Request) -> dict[str, str]:
     if not _is_here(request):
         return {}
     service = _service()
+    if service.watched:
+        return {}
     key = line_keys.tell(service.info, service.updates)
     if key is None:
         return {}

@@ -91,7 +91,13 @@ def _tell(keys: Keys, served: Served) -> None:
 
 def keys_in_use() -> Keys | None:
     """Those of this process's server; None where its tokenizer manager has to see every request: it
-    logs and traces them, and of several schedulers chooses one."""
+    logs, traces, exports and dumps them, and of several schedulers chooses one."""
     parallel, seen = get_parallel(), get_observability()
     several = parallel.dp_size > 1 or parallel.pp_size > 1
-    return None if several or seen.log_requests or seen.enable_trace else Keys.own()
+    watched = (
+        seen.log_requests
+        or seen.enable_trace
+        or seen.export_metrics_to_file
+        or seen.crash_dump_folder
+    )
+    return None if several or watched else Keys.own()

@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.srt.encode_only.forward_mode import NAME
@@ -103,12 +103,20 @@ def count_batch(
     tokens.inc(prefill_stats.log_input_tokens)
 
 
-def observer() -> Callable[[int, float], None]:
-    """Counts a request that the tokenizer manager does not see, in what that counts requests.
+class Observer(NamedTuple):
+    """Counts requests that the tokenizer manager does not see, in what that counts requests.
 
-    Returns:
-        A function of the request's tokens, and of the seconds that it took.
+    Attributes:
+        finished: of one with so many tokens, that took so many seconds.
+        aborted: of one that is given up.
     """
+
+    finished: Callable[[int, float], None]
+    aborted: Callable[[], None]
+
+
+def observer() -> Observer:
+    """That of this process."""
     from sglang.srt.observability.metrics_collector import (
         STAT_LOGGER_ROLE_TOKENIZER,
         TokenizerMetricsCollector,
@@ -123,4 +131,4 @@ def observer() -> Callable[[int, float], None]:
     def observe(tokens: int, seconds: float) -> None:
         collector.observe_one_finished_request(labels, tokens, 0, 0, seconds, False)
 
-    return observe
+    return Observer(observe, functools.partial(collector.observe_one_aborted_request, labels))

@@ -141,6 +141,9 @@ def parts(
     """
     tokens = sum(len(one.token_ids) for one in inputs)
     found = list(split(inputs, min(max_tokens, math.ceil(tokens / ranks))))
+    if max_requests and len(found) > max_requests:
+        # Rather one rank alone than none.
+        found = list(split(inputs, max_tokens))
     # They enter the scheduler's queue together or not at all.
     if max_requests and len(found) > max_requests:
         raise RequestError(

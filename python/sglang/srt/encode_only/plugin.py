@@ -83,11 +83,12 @@ def enter_scheduler(hf_config: Any) -> None:
 
 def _enter_server() -> None:
     global _server_pid
-    _server_pid = os.getpid()
+    is_new, _server_pid = _server_pid != os.getpid(), os.getpid()
     seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "server")
-    if multiprocessing.parent_process() is None:
+    if is_new and multiprocessing.parent_process() is None:
         from sglang.srt.encode_only import line_keys
 
+        # Once: a running server has given them away.
         line_keys.make_keys()
     if http_server := sys.modules.get("sglang.srt.entrypoints.http_server"):
         from sglang.srt.encode_only import http_api

@@ -21,7 +21,7 @@ import socket
 import time
 import uuid
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -36,6 +36,7 @@ from sglang.srt.encode_only.shared_memory import MAX_KEPT_BYTES, Mapping, Offer
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenizedEmbeddingReqInput,
+    ConfigureLoggingReq,
     ContinueGenerationReqInput,
     PauseGenerationReqInput,
     ReleaseMemoryOccupationReqInput,
@@ -43,9 +44,6 @@ from sglang.srt.managers.io_struct import (
     ShutdownReq,
     TokenizedEmbeddingReqInput,
     UpdateWeightFromDiskReqInput,
-    UpdateWeightsFromDistributedReqInput,
-    UpdateWeightsFromIPCReqInput,
-    UpdateWeightsFromTensorReqInput,
 )
 from sglang.srt.runtime_context import get_observability, get_schedule
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -70,14 +68,7 @@ _GOES_ON = (
     TokenizedEmbeddingReqInput,
 )
 
-_UPDATES = (
-    UpdateWeightFromDiskReqInput,
-    UpdateWeightsFromDistributedReqInput,
-    UpdateWeightsFromIPCReqInput,
-    UpdateWeightsFromTensorReqInput,
-)
-
-_NEEDS_PEACE = (ShutdownReq, ReleaseMemoryOccupationReqInput, *_UPDATES)
+_NEEDS_PEACE = (ShutdownReq, ReleaseMemoryOccupationReqInput, UpdateWeightFromDiskReqInput)
 """What comes when no request is under way, as far as the tokenizer manager knows."""
 
 _line: SchedulerLine | None = None
@@ -145,6 +136,7 @@ class SchedulerLine:
         self._updates = 0
         self._open = True
         self._paused = False
+        self._watched = False
         self._waiting_for_peace: list[Any] = []
 
     def fileno(self) -> int:
@@ -164,6 +156,8 @@ class SchedulerLine:
                 self._open = False
             if isinstance(one, (PauseGenerationReqInput, ContinueGenerationReqInput)):
                 self._paused = isinstance(one, PauseGenerationReqInput)
+            if isinstance(one, ConfigureLoggingReq) and one.log_requests is not None:
+                self._watched = one.log_requests
         asked: list[Any] = []
         # Of a new caller the connection, its key, its request.
         for _ in range(3):
@@ -176,7 +170,7 @@ class SchedulerLine:
                     asked += self._hear(caller)
             if not ready:
                 break
-        updates = sum(isinstance(one, _UPDATES) for one in received)
+        updates = sum(isinstance(one, UpdateWeightFromDiskReqInput) for one in received)
         if updates:
             # What comes with them counts as of the weights before, which does no harm: who keeps it
             # forgets it sooner.
@@ -206,7 +200,7 @@ class SchedulerLine:
         if not call.missing:
             self._answer(call, success(call.size))
             if self._observe is not None:
-                self._observe(call.tokens, time.perf_counter() - call.since)
+                self._observe.finished(call.tokens, time.perf_counter() - call.since)
         return True
 
     def finish(self, req: Req) -> bool:
@@ -232,7 +226,7 @@ class SchedulerLine:
         return True
 
     @functools.cached_property
-    def _observe(self) -> Callable[[int, float], None] | None:
+    def _observe(self) -> metrics.Observer | None:
         return metrics.observer() if get_observability().enable_metrics else None
 
     def _be_told(self, message: bytes) -> None:
@@ -259,6 +253,9 @@ class SchedulerLine:
         with contextlib.suppress(OSError):
             while True:
                 sock, _ = self._listener.accept()
+                if len(self._callers) >= MAX_CALLERS:
+                    for caller in [one for one in self._callers.values() if not one.admitted]:
+                        self._hang_up(caller)
                 if len(self._callers) >= MAX_CALLERS:
                     sock.close()
                     continue
@@ -304,6 +301,7 @@ class SchedulerLine:
         info = self._info
         if (
             not self._open
+            or self._watched
             or info is None
             or asked.memory is None
             or asked.encoding_format != "safetensors"
@@ -343,6 +341,9 @@ class SchedulerLine:
         """Nobody waits for what is left of a call."""
         rids = [rid for rid in call.missing if rid in self._calls]
         self._aborts += [AbortReq(rid=rid) for rid in rids]
+        if self._observe is not None:
+            for _ in rids:
+                self._observe.aborted()
 
     def _say(self, caller: _Caller, message: bytes) -> None:
         try:
@@ -372,6 +373,7 @@ def _memory_of(caller: _Caller, offer: Offer, size: int) -> Mapping:
 
 
 def _request(token_ids: list[int], params: packing.Packed) -> TokenizedEmbeddingReqInput:
+    schedule = get_schedule()
     sampling = SamplingParams(max_new_tokens=0, custom_params=params)
     sampling.normalize(None)
     return TokenizedEmbeddingReqInput(
@@ -382,6 +384,7 @@ def _request(token_ids: list[int], params: packing.Packed) -> TokenizedEmbedding
         token_type_ids=None,
         sampling_params=sampling,
         return_pooled_hidden_states=True,
+        priority=schedule.default_priority_value if schedule.enable_priority_scheduling else None,
     )
 
 

@@ -138,6 +138,17 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         upstream="ask the attention backend whether it reads a KV pool",
     ),
     Seam(
+        target="sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
+        "._profile_available_bytes",
+        kind="around",
+        hook="sglang.srt.encode_only.batch:no_kv_budget",
+        parameters=("self", "pre_model_load_memory"),
+        process="scheduler",
+        reason="Upstream takes as many tokens as free memory has room for in a KV cache, which "
+        "there is none of: a request of more would wait for ever, and all behind it.",
+        upstream="no profile with prefill_only_disable_kv_cache",
+    ),
+    Seam(
         target="sglang.srt.managers.scheduler:Scheduler.init_memory_pools",
         kind="after",
         hook="sglang.srt.encode_only.metrics:log_memory",
@@ -281,22 +292,43 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         "limited, not that of a request that holds several.",
         upstream="the same check, in the same place",
     ),
+    Seam(
+        target="sglang.srt.managers.tokenizer_manager:TokenizerManager.update_weights_from_disk",
+        kind="around",
+        hook="sglang.srt.encode_only.service:update_weights",
+        parameters=("self", "obj", "request"),
+        process="server",
+        reason="Callers who keep what was encoded are told that the weights are others.",
+        upstream="a counter of updates beside the weight version, which callers have to set",
+    ),
     *(
         Seam(
-            target=f"sglang.srt.managers.{owner}.{function}",
+            target=f"sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin.{function}",
             kind="around",
-            hook="sglang.srt.encode_only.service:update_weights",
+            hook="sglang.srt.encode_only.service:refuse_update",
             parameters=("self", "obj", "request"),
             process="server",
-            reason="Callers who keep what was encoded are told that the weights are others.",
-            upstream="a counter of updates beside the weight version, which callers have to set",
+            reason="Weights that come a part at a time end the server: the first part lacks the "
+            "rest, and prompts are taken between two of them.",
+            upstream="a model that says it loads weights as a whole, and a refusal by the routes",
         )
-        for owner, function in (
-            ("tokenizer_manager:TokenizerManager", "update_weights_from_disk"),
-            ("tokenizer_control_mixin:TokenizerControlMixin", "update_weights_from_distributed"),
-            ("tokenizer_control_mixin:TokenizerControlMixin", "update_weights_from_tensor"),
-            ("tokenizer_control_mixin:TokenizerControlMixin", "update_weights_from_ipc"),
+        for function in (
+            "begin_weight_update",
+            "end_weight_update",
+            "update_weights_from_distributed",
+            "update_weights_from_ipc",
+            "update_weights_from_tensor",
         )
+    ),
+    Seam(
+        target="sglang.srt.managers.tokenizer_manager:TokenizerManager.configure_logging",
+        kind="around",
+        hook="sglang.srt.encode_only.service:configure_logging",
+        parameters=("self", "obj"),
+        process="server",
+        reason="Requests that are logged or dumped from now on must not pass by the process that "
+        "does so.",
+        upstream="the same message to the scheduler, whatever was configured",
     ),
     Seam(
         target="sglang.srt.utils.auth:add_api_key_middleware",

@@ -41,8 +41,8 @@ _HELP = (
     "Serve the model as an encoder: one forward pass a request, no KV cache, no sampling; the "
     "hidden states of every token come back as tensors from POST /v1/encode. Implies "
     "--is-embedding. For T5, MT5 and UMT5 (of encoder-decoder checkpoints, their encoder), CLIP's "
-    "text encoders, and every causal language model that srt serves (of VL checkpoints, their text "
-    "model)."
+    "text encoders, and every causal language model of plain attention that srt serves (of VL "
+    "checkpoints, their text model)."
 )
 
 
@@ -79,7 +79,8 @@ _CONTRADICTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("enable_prefill_cp", (False, None), "an encoder's sequences are not split between ranks"),
     ("enable_pdmux", (False, None), "an encoder has no decode steps"),
     ("attention_backend", (None, *ATTENTION_BACKENDS), "it reads a KV cache"),
-    ("prefill_attention_backend", (None, *ATTENTION_BACKENDS), "it reads a KV cache"),
+    ("prefill_attention_backend", (None,), "--attention-backend says it for the whole model"),
+    ("decode_attention_backend", (None,), "an encoder has no decode steps"),
 )
 
 
@@ -115,7 +116,7 @@ def _resolve_encode_only(server_args: Any) -> None:
     encoder, hf_config = _encoder_of(cfg)
     text_config = get_hf_text_config(hf_config)
 
-    limit = getattr(text_config, encoder.max_positions) if encoder.max_positions else None
+    limit = getattr(text_config, encoder.max_positions, None) if encoder.max_positions else None
     length = cfg.context_length or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     if limit is not None and length > limit:
         raise ValueError(
@@ -125,6 +126,15 @@ def _resolve_encode_only(server_args: Any) -> None:
         raise ValueError(f"--context-length is {length}; give at least 1.")
     # Of a request, into which inputs are packed.
     packed_length = max(length, cfg.max_prefill_tokens) + RESERVED_TOKENS
+    # One budget bounds a batch: its tokens. A longer input is a batch of its own. srt counts those
+    # of two batches, of which one is on its way while the other runs.
+    batch = max(cfg.max_prefill_tokens, length + 64)
+    max_total_tokens = cfg.max_total_tokens or 2 * batch
+    if max_total_tokens < batch + 64:
+        raise ValueError(
+            f"--max-total-tokens {max_total_tokens} has no room for a batch of {batch}; leave it "
+            "out, or lower --max-prefill-tokens (and --context-length) too."
+        )
     overrides = json.loads(cfg.json_model_override_args)
     overrides |= {MAX_LENGTH: length, WEIGHTS: secrets.token_hex(8)}
     if encoder.decoder or text_config is not hf_config:
@@ -178,9 +188,7 @@ def _resolve_encode_only(server_args: Any) -> None:
         enable_multimodal=False,
         prefill_only_disable_kv_cache=True,
         attention_backend=attention,
-        # One budget bounds a batch: its tokens. A longer input is a batch of its own. srt counts
-        # those of two batches, of which one is on its way while the other runs.
-        max_total_tokens=cfg.max_total_tokens or 2 * max(cfg.max_prefill_tokens, length + 64),
+        max_total_tokens=max_total_tokens,
     )
 
 
@@ -213,9 +221,18 @@ def _kv_cache_backend_check(server_args: Any, previous: Any) -> None:
         previous(server_args)
 
 
-def _refuse_encoder_without_mode(server_args: Any, previous: Any) -> None:
-    """An encoder run as a generating or embedding model would answer with wrong numbers."""
-    if not resolving_view(server_args).is_embedding_encoder:
+def _refuse_what_the_mode_cannot(server_args: Any, previous: Any) -> None:
+    """An encoder run as a generating or embedding model would answer with wrong numbers; and there
+    are language models whose layers are more than attention over keys and values."""
+    if resolving_view(server_args).is_embedding_encoder:
+        model = model_config_of(server_args)
+        layers = _unusual_layers(model)
+        if layers is not None:
+            raise ValueError(
+                f"--is-embedding-encoder cannot serve {model.hf_config.architectures[0]}, which "
+                f"has {layers}; it serves models of which every layer is plain attention."
+            )
+    else:
         architectures = model_config_of(server_args).hf_config.architectures
         encoder = find_encoder(architectures)
         if encoder is not None and not encoder.stock:
@@ -225,9 +242,23 @@ def _refuse_encoder_without_mode(server_args: Any, previous: Any) -> None:
     previous(server_args)
 
 
+def _unusual_layers(model: Any) -> str | None:
+    """What a model has that keeps other things than keys and values, or keeps them otherwise."""
+    # Every program that reads srt's arguments imports this module.
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
+
+    if model.attention_arch == AttentionArch.MLA:
+        return "latent attention"
+    if model.attention_arch == AttentionArch.SSM or mambaish_config(model) is not None:
+        return "state-space or linear attention"
+    # Those have sinks, or caches of two sizes. Gemma's windows are plain.
+    return "sliding windows in a cache of their own" if model.is_hybrid_swa else None
+
+
 def register() -> None:
     """Adds the mode to srt's argument pipeline. Once a process."""
     add_attention_backend_choices([*ATTENTION_BACKENDS])
     register_resolution_hook("handle_model_source_paths")(_model_is_on_disk)
     register_resolution_hook("handle_prefill_only_disable_kv_cache")(_kv_cache_backend_check)
-    register_resolution_hook("handle_model_specific_adjustments")(_refuse_encoder_without_mode)
+    register_resolution_hook("handle_model_specific_adjustments")(_refuse_what_the_mode_cannot)

@@ -27,8 +27,12 @@ from sglang.srt.encode_only.request import (
 )
 from sglang.srt.encode_only.shared_memory import Offer
 from sglang.srt.encode_only.wire import ROUTE, EncodeRequest
-from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
-from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
+from sglang.srt.managers.io_struct import (
+    ConfigureLoggingReq,
+    EmbeddingReqInput,
+    GenerateReqInput,
+)
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.runtime_context import get_schedule
 
 UPDATES = "encode_weight_updates"
@@ -62,6 +66,16 @@ class EncodeService:
             self._info = updates, info_of(model, config, updates)
         return self._info[1]
 
+    @property
+    def watched(self) -> bool:
+        """Whether this process logs or dumps requests, so that it has to see them all."""
+        manager = self._manager
+        return bool(
+            manager.request_logger.log_requests
+            or manager.dump_requests_folder
+            or manager.crash_dump_folder
+        )
+
     def check_ready(self) -> None:
         """Raises RequestError (503) where a request would wait for nothing."""
         if self._manager.gracefully_exit:
@@ -70,8 +84,6 @@ class EncodeService:
             raise RequestError(
                 "The server is paused; POST /continue_generation resumes it.", status=503
             )
-        if self._manager.server_status == ServerStatus.UnHealthy:
-            raise RequestError("The scheduler does not answer health checks.", status=503)
 
     async def encode(self, request: EncodeRequest) -> list[EncodeOutput]:
         """The answer for each input of `request`, in its order.
@@ -218,19 +230,28 @@ class EncodeService:
 async def update_weights(
     original: Any, self: TokenizerManager, *args: Any, **kwargs: Any
 ) -> tuple[Any, ...]:
-    """AROUND the weight updates of TokenizerManager: they are counted.
+    """AROUND `TokenizerManager.update_weights_from_disk`: updates are counted.
 
     Refused where several processes serve HTTP, of which the others would not know.
     """
     if self.server_args.tokenizer_worker_num > 1:
         said = "No weight updates with --tokenizer-worker-num above 1: start the server again."
-        from_disk = original.__name__ == "update_weights_from_disk"
-        return (False, said, 0) if from_disk else (False, said)
+        return False, said, 0
     try:
         return await original(self, *args, **kwargs)
     finally:
         # Also one that failed: it may have loaded some.
         setattr(self, UPDATES, getattr(self, UPDATES, 0) + 1)
+
+
+async def refuse_update(
+    original: Any, self: TokenizerManager, *args: Any, **kwargs: Any
+) -> tuple[bool, str]:
+    """AROUND the other weight updates of TokenizerManager, which come a part at a time.
+
+    An encoder's weights are checked as a whole, and are not there between two parts.
+    """
+    return False, "An encoder takes weights from a folder alone: POST /update_weights_from_disk."
 
 
 @functools.lru_cache(maxsize=1)
@@ -247,6 +268,14 @@ def _values(out: dict[str, Any]) -> torch.Tensor:
     return flat
 
 
+def configure_logging(original: Any, self: TokenizerManager, obj: ConfigureLoggingReq) -> None:
+    """AROUND `TokenizerManager.configure_logging`: who has a line to the scheduler comes by HTTP
+    while requests are to be seen here."""
+    original(self, obj)
+    watched = service_of(self).watched
+    self._dispatch_to_scheduler(ConfigureLoggingReq(log_requests=watched))
+
+
 def validate(
     original: Any,
     self: TokenizerManager,
@@ -257,25 +286,31 @@ def validate(
 
     Raises:
         ValueError: for a generate request, which would end the scheduler, and for one with
-            pictures, sounds or films, which would be answered without them; for parameters that
-            only EncodeService gives; for an input that is too long.
+            pictures, sounds, films or embeddings, which would be answered without them; for
+            parameters that only EncodeService gives; for an input that is too long, has no tokens,
+            or some that the encoder has not.
     """
     if isinstance(obj, GenerateReqInput):
         raise ValueError(no_generation(self.served_model_name))
-    if any((obj.image_data, obj.video_data, obj.audio_data)):
-        raise ValueError(f"{self.served_model_name} is a text encoder; give it texts alone.")
+    embeddings = (obj.input_embeds, obj.embed_overrides, obj.positional_embed_overrides)
+    if any((obj.image_data, obj.video_data, obj.audio_data)) or embeddings != (None,) * 3:
+        raise ValueError(
+            f"{self.served_model_name} is a text encoder; give it texts or token ids alone."
+        )
     custom = (obj.sampling_params or {}).get("custom_params")
     if isinstance(custom, packing.Packed):
         return  # Checked, input by input.
     if custom is not None:
         raise ValueError(f"`custom_params` are not taken; POST {ROUTE} has what an encoder does.")
-    limit = info_of(self.served_model_name, self.model_config).max_length
-    if len(input_ids) > limit:
+    info = info_of(self.served_model_name, self.model_config)
+    if len(input_ids) > info.max_length:
         if not self.allow_auto_truncate:
             raise ValueError(
-                f"The input has {len(input_ids)} tokens, but at most {limit} are taken; shorten it."
+                f"The input has {len(input_ids)} tokens, but at most {info.max_length} are taken; "
+                "shorten it."
             )
-        del input_ids[limit:]
+        del input_ids[info.max_length :]
+    EncodeInput(token_ids=input_ids).check(info)
     original(self, obj, input_ids)
 
 

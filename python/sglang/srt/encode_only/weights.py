@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.model_loader.weight_utils import default_weight_loader
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_model, get_parallel
 from sglang.srt.utils.hf_transformers_utils import get_hf_text_config
 from torch import nn
 from transformers import PretrainedConfig
@@ -123,15 +123,24 @@ def lacking(missing: Iterable[str]) -> ValueError:
 
 
 def update_or_go_back(
-    original: Any, updater: Any, model_path: str, *args: Any, **kwargs: Any
+    original: Any, updater: Any, model_path: str, load_format: str, *args: Any, **kwargs: Any
 ) -> tuple[bool, str]:
     """AROUND `WeightUpdater.update_weights_from_disk`: a folder that does not load changes nothing.
 
     Upstream goes back by loading from the same folder, whose second failure ends the scheduler.
+
+    Raises:
+        RuntimeError: what was loaded before does not load any more, so that there are no weights.
     """
-    before = updater.model_config.model_path
+    before, its_format = updater.model_config.model_path, get_model().load_format
     try:
-        return original(updater, model_path, *args, **kwargs)
+        success, message = original(updater, model_path, load_format, *args, **kwargs)
     except Exception as error:
-        original(updater, before, *args, **kwargs)
+        back, why = original(updater, before, its_format, *args, **kwargs)
+        if not back:
+            raise RuntimeError(f"{error} Nor do the weights of {before} load: {why}") from error
         return False, f"{error} The weights of {before} are loaded again."
+    if not success:
+        # It got as far as the files: upstream has put down the folder, but loaded nothing.
+        updater.model_config.model_path = before
+    return success, message
