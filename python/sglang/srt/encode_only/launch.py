@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.encode_only import read_ahead
 from sglang.srt.platforms import current_platform
 from sglang.srt.platforms.portable_cpu import PortableCpuPlatform
 
 
 def forking(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `Engine._launch_scheduler_processes` and `._launch_detokenizer_subprocesses`."""
+    """AROUND `Engine._launch_scheduler_processes`."""
     if not _can_fork(resolving_view(server_args)):
         return original(cls, server_args, *args, **kwargs)
     prepare_to_fork()
@@ -30,6 +31,19 @@ def forking(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: An
         return original(cls, server_args, *args, **kwargs)
     finally:
         multiprocessing.set_start_method(before, force=True)
+
+
+def forking_last(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `Engine._launch_detokenizer_subprocesses`, after which a server has no more forks."""
+    try:
+        return forking(original, cls, server_args, *args, **kwargs)
+    finally:
+        read_ahead.reap()
+
+
+def is_starting() -> bool:
+    """Whether this process is a server's first one, by the commands that start one."""
+    return multiprocessing.parent_process() is None and _only_launches(sys.modules["__main__"])
 
 
 def _can_fork(cfg: Any) -> bool:

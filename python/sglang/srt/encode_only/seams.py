@@ -258,15 +258,16 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         Seam(
             target=f"sglang.srt.entrypoints.engine:Engine.{function}",
             kind="around",
-            hook="sglang.srt.encode_only.launch:forking",
+            hook=f"sglang.srt.encode_only.launch:{hook}",
             parameters=parameters,
             process="server",
             reason="On a CPU the processes of a server need not import what it has imported.",
             upstream="`fork` as the start method of a CPU's platform, where the caller is a server",
         )
-        for function, parameters in (
+        for function, hook, parameters in (
             (
                 "_launch_scheduler_processes",
+                "forking",
                 (
                     "cls",
                     "server_args",
@@ -277,6 +278,7 @@ ENCODE_ONLY: tuple[Seam, ...] = (
             ),
             (
                 "_launch_detokenizer_subprocesses",
+                "forking_last",
                 ("cls", "server_args", "port_args", "run_detokenizer_process_func"),
             ),
         )

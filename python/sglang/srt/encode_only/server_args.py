@@ -114,6 +114,11 @@ def _resolve_encode_only(server_args: Any) -> None:
     cfg = resolving_view(server_args)
     _refuse_contradictions(cfg)
     encoder, hf_config = _encoder_of(cfg)
+    # Which platform it runs on is found out once plugins are loaded.
+    from sglang.srt.encode_only import launch, read_ahead
+
+    if launch.is_starting():
+        read_ahead.start(cfg.model_path)
     text_config = get_hf_text_config(hf_config)
 
     limit = getattr(text_config, encoder.max_positions, None) if encoder.max_positions else None
