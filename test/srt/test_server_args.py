@@ -14,6 +14,8 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 from transformers import BertConfig, DeepseekV2Config, GptOssConfig, Qwen3NextConfig
 
+from device import DEVICE
+
 
 @pytest.fixture(scope="module", autouse=True)
 def plugins():
@@ -105,6 +107,16 @@ def test_a_contradiction_names_the_flag_and_the_reason(
         resolved(monkeypatch, model_path=str(t5_folder), **{field: value})
     assert flag in str(error.value)
     assert "contradicts --is-embedding-encoder: " in str(error.value)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "w8a8_int8"])
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the portable CPU platform stands aside")
+def test_quantization_is_refused_where_there_are_no_kernels(
+    monkeypatch, t5_folder: Path, quantization: str
+):
+    """They are compiled at the first prompt, which would end the server."""
+    with pytest.raises(ValueError, match=f"--quantization {quantization} needs kernels"):
+        resolved(monkeypatch, model_path=str(t5_folder), quantization=quantization)
 
 
 def test_fewer_tokens_than_a_batch_are_refused(monkeypatch, t5_folder: Path):

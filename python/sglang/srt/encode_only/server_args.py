@@ -114,9 +114,16 @@ def _resolve_encode_only(server_args: Any) -> None:
     cfg = resolving_view(server_args)
     _refuse_contradictions(cfg)
     encoder, hf_config = _encoder_of(cfg)
-    # Which platform it runs on is found out once plugins are loaded.
+    # Which platform this is turns out once plugins are loaded.
     from sglang.srt.encode_only import launch, read_ahead
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.platforms.portable_cpu import PortableCpuPlatform
 
+    if cfg.quantization is not None and isinstance(current_platform, PortableCpuPlatform):
+        raise ValueError(
+            f"--quantization {cfg.quantization} needs kernels that sglang has for accelerators "
+            "alone; leave it out on a CPU."
+        )
     if launch.is_starting():
         read_ahead.start(cfg.model_path)
     text_config = get_hf_text_config(hf_config)
