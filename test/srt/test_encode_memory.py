@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from sglang.srt.encode_only.client import EncoderClient
+from sglang.srt.encode_only.client import EncoderClient, EncoderUnavailable
 from sglang.srt.encode_only.local_server import LocalServer
 from transformers import T5Config, T5EncoderModel
 
-from server_control import schedulers
+from server_control import assert_close, frozen_scheduler, schedulers
 
 BUDGET = 4096
 CONFIG = T5Config(
@@ -101,3 +104,46 @@ def test_the_model_holds_its_weights_once(folder: Path) -> None:
     encoder.close()
     expected = sum(p.nbytes for p in T5EncoderModel.from_pretrained(folder).parameters())
     assert held == pytest.approx(expected, rel=0.001)
+
+
+@contextlib.contextmanager
+def little_memory(process: psutil.Process, left: int) -> Iterator[None]:
+    """While this holds, a process gets no more than `left` bytes beside what it has."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    found = re.search(r"VmData:\s*(\d+) kB", status)
+    assert found is not None
+    before = process.rlimit(psutil.RLIMIT_DATA)
+    process.rlimit(psutil.RLIMIT_DATA, (int(found[1]) * 1024 + left, before[1]))
+    try:
+        yield
+    finally:
+        process.rlimit(psutil.RLIMIT_DATA, before)
+
+
+def test_a_batch_for_which_memory_does_not_suffice(server: LocalServer) -> None:
+    """Is run a call at a time; a call that is too large by itself is refused, by the line and by
+    HTTP, and the server goes on."""
+    (scheduler,) = schedulers(server)
+    ids = [[3 + i] * 512 for i in range(8)]
+    # Twice 190 MB, in a forward pass and in its answers; what is kept of an earlier one is not
+    # enough.
+    layers = list(range(CONFIG.num_layers + 1))
+    with (
+        EncoderClient(server.url, timeout=60) as client,
+        EncoderClient(server.url, timeout=60, share_memory=False) as by_http,
+        concurrent.futures.ThreadPoolExecutor(8) as pool,
+    ):
+        expected = client.encode(ids, layers=layers)
+        with little_memory(scheduler, left=48 << 20):
+            for one in (client, by_http):
+                with pytest.raises(EncoderUnavailable, match="No memory for 4096 tokens"):
+                    one.encode(ids, layers=layers)
+            with frozen_scheduler(server):
+                calls = [pool.submit(client.encode, [row], layers=layers) for row in ids]
+                time.sleep(1)
+            for call, other in zip(calls, expected, strict=True):
+                assert_close(call.result()[0].hidden_states[22], other.hidden_states[22])
+        found = client.encode(ids, layers=layers)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a.hidden_states[22], b.hidden_states[22])
+    assert "one request at a time" in server.log_path.read_text()

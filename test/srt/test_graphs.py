@@ -11,11 +11,12 @@ import pytest
 import torch
 from interpreter import run_kernels
 from sglang.srt.encode_only import graphs
-from sglang.srt.encode_only.graphs import MAX_TOKENS, Shape
+from sglang.srt.encode_only.graphs import MAX_TOKENS, Recorder, Shape, most_tokens
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.outputs import States
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncodeSpec
 from test_clip_text import random_text_config, write_clip
+from torch import nn
 
 from checkpoints import random_config, write_t5
 from device import DEVICE
@@ -26,13 +27,13 @@ __all__ = ["run_kernels"]
 def open_with_graphs(folder: Path, patch: pytest.MonkeyPatch, *, prepared: bool = False) -> Any:
     """An encoder, and the list of the forward passes that it made graphs of."""
     made: list[Callable[[], None]] = []
-    real = graphs.recorded
+    real = Recorder.record
 
-    def recorded(run: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
+    def record(self: Recorder, run: Callable[[], None]) -> Callable[[], None]:
         made.append(run)
-        return real(run, pool) if DEVICE.type == "cuda" else (run, pool)
+        return real(self, run) if DEVICE.type == "cuda" else run
 
-    patch.setattr(graphs, "recorded", recorded)
+    patch.setattr(Recorder, "record", record)
     if not prepared:
         # What it does takes an interpreter minutes.
         patch.setattr(graphs.Graphs, "prepare", lambda *_: None)
@@ -78,6 +79,9 @@ def check_answers(family: str, folder: Path, seed: int) -> None:
     plain = InProcessEncoder(str(folder), device=DEVICE, attention_backend="encode_only")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "MAX_GRAPHS", 3)
+        patch.setattr(graphs, "IDLE", 1)
+        # Each at once, of which an interpreter runs few.
+        patch.setattr(graphs.Graphs, "_seen_before", lambda *_: True)
         encoder, made = open_with_graphs(folder, patch)
         asked = [EncodeSpec(), EncodeSpec(layers=(1, layers)), EncodeSpec(layers=(0,))]
         if family == "CLIP":
@@ -97,11 +101,12 @@ def check_answers(family: str, folder: Path, seed: int) -> None:
 
 
 def check_recordings(folder: Path, seed: int) -> None:
-    """A size is recorded once, while it is among the latest; a failure is the last attempt."""
+    """A size is recorded when it comes again, if there is room; a failure is the last attempt."""
     rng = random.Random(seed)
     write("T5", folder, rng)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "MAX_GRAPHS", 2)
+        patch.setattr(graphs, "IDLE", 4)
         patch.setattr(graphs, "MAX_TOKENS", 128)
         encoder, made = open_with_graphs(folder, patch)
 
@@ -109,24 +114,30 @@ def check_recordings(folder: Path, seed: int) -> None:
             encoder.encode([EncodeInput(token_ids=[5] * tokens)])
             return len(made)
 
-        assert [encode(n) for n in (16, 9, 1, 40, 16, 60, 16, 41)] == [1, 2, 2, 3, 4, 5, 5, 6]
+        # 9 tokens and 1 are of a size, 16 of another: nobody's tokens are a sequence.
+        assert [encode(n) for n in (16, 9, 1, 16, 9, 16)] == [0, 0, 1, 2, 2, 2]
+        # No third one takes the place of one in use, however often it comes,
+        assert [encode(40) for _ in range(3)] == [2, 2, 2]
+        # only that of one which is not: that of 9 tokens, which then waits for its turn.
+        assert [encode(n) for n in (16, 40, 16, 40, 9, 9)] == [2, 3, 3, 3, 3, 3]
         # A batch of more tokens than a graph has is none.
-        assert encode(129) == 6
+        assert [encode(129) for _ in range(2)] == [3, 3]
 
         def fails(*_: object) -> Any:
             made.append(lambda: None)
             raise RuntimeError("no graphs here")
 
-        patch.setattr(graphs, "recorded", fails)
+        patch.setattr(Recorder, "record", fails)
         expected = encoder.encode([EncodeInput(token_ids=[7] * 16)])
-        assert encode(100) == 7
-        assert encode(100) == encode(16) == 7
+        patch.setattr(graphs, "IDLE", 0)
+        assert [encode(n) for n in (100, 100)] == [3, 4]
+        assert encode(100) == encode(16) == 4
         assert_alike(encoder.encode([EncodeInput(token_ids=[7] * 16)]), expected)
         encoder.close()
 
 
 def check_preparation(folder: Path) -> None:
-    """One prompt of any length finds its graph, asked for what pipelines ask."""
+    """One prompt of any length finds its graph, asked for what pipelines ask; also later."""
     text = {"vocab_size": 90, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
     text |= {"num_hidden_layers": 2, "max_position_embeddings": 40, "projection_dim": 8}
     write_clip(folder, text)
@@ -134,6 +145,10 @@ def check_preparation(folder: Path) -> None:
         encoder, made = open_with_graphs(folder, patch, prepared=True)
         count = len(made)
         assert count
+        patch.setattr(graphs, "MAX_GRAPHS", count)
+        patch.setattr(graphs, "IDLE", -1)
+        others = [EncodeInput(token_ids=[5] * 33, spec=EncodeSpec(layers=(0,)))]
+        assert encoder.encode(others) and encoder.encode(others)
         for length in (1, 15, 17, 31, 40):
             for layers in ((), (-2,)):
                 spec = EncodeSpec(layers=layers, pooled=True)
@@ -180,3 +195,78 @@ def test_shapes() -> None:
         # The tokens that are nobody's are a sequence.
         assert shape.sequences >= 5 + (shape.tokens > tokens)
     assert len({Shape.holding(wants, n, 1).tokens for n in range(1, MAX_TOKENS + 1)}) < 90
+
+
+def test_most_tokens() -> None:
+    """None of batches that keep a GPU busy: those of a wide model sooner."""
+
+    def blocks(width: int, inner: int) -> nn.ModuleList:
+        with torch.device("meta"):
+            return nn.ModuleList(nn.Linear(width, 4 * width + inner) for _ in range(2))
+
+    assert 1024 <= most_tokens(blocks(4096, 3 * 10240)) < 1152
+    assert most_tokens(blocks(768, 2 * 3072)) == most_tokens(nn.ModuleList()) == MAX_TOKENS
+
+
+class Driver:
+    """What torch asks of CUDA when it records a graph; `refuses` fails as a kernel would that must
+    not be recorded."""
+
+    class Stream:
+        device = torch.device("cuda:1")
+
+        def wait_stream(self, other: Any) -> None: ...
+
+    class Graph:
+        replay = None
+
+        def __init__(self, driver: Driver):
+            self.driver = driver
+
+        def capture_begin(self, *pool: object, **_: object) -> None:
+            self.driver.recorded.append((self.driver.stream, *pool))
+
+        def capture_end(self) -> None:
+            if self.driver.refuses:
+                raise RuntimeError("the capture was invalidated")
+
+        def pool(self) -> str:
+            return "a pool"
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.main = self.stream = self.Stream()
+        self.streams: list[Any] = []
+        self.recorded: list[Any] = []
+        self.refuses = False
+        for name, function in {
+            "current_stream": lambda *_: self.stream,
+            "set_stream": lambda stream: setattr(self, "stream", stream),
+            "Stream": self.new_stream,
+            "CUDAGraph": lambda: self.Graph(self),
+            "synchronize": lambda: None,
+            "empty_cache": lambda: None,
+            "_get_device_index": lambda *_: 1,
+        }.items():
+            patch.setattr(torch.cuda, name, function)
+        patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+
+    def new_stream(self, device: torch.device) -> Driver.Stream:
+        assert device == self.main.device
+        self.streams.append(self.Stream())
+        return self.streams[-1]
+
+
+def test_a_stream_for_all_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the device it is for; and whose recording fails is back on its own."""
+    driver, recorder = Driver(monkeypatch), Recorder()
+    ran: list[Any] = []
+    for _ in range(3):
+        recorder.record(lambda: ran.append(driver.stream))
+        assert driver.stream is driver.main
+    [aside] = driver.streams
+    assert ran == [aside] * 6
+    assert driver.recorded == [(aside,), (aside, "a pool"), (aside, "a pool")]
+    driver.refuses = True
+    with pytest.raises(RuntimeError, match="invalidated"):
+        recorder.record(lambda: None)
+    assert driver.stream is driver.main

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -11,10 +12,13 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sglang.srt import runtime_context
+from sglang.srt.encode_only import in_process
+from sglang.srt.encode_only.decoders import DecoderEncoder
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
 from transformers import BertConfig
@@ -112,6 +116,77 @@ def test_bad_input_names_the_input(encoder: InProcessEncoder) -> None:
         with pytest.raises(RequestError, match=message):
             encoder.encode([good, bad])
     assert len(encoder.encode([good])) == 1
+
+
+@pytest.fixture
+def current_gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.device | None]:
+    """What `torch.cuda.device` makes the current GPU, where there is none."""
+    current: list[torch.device | None] = [None]
+
+    @contextlib.contextmanager
+    def device(place: torch.device) -> Iterator[None]:
+        current.append(place)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return current
+
+
+def test_its_gpu_is_the_current_one(
+    folder: Path, current_gpu: list[torch.device | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a model is loaded and while it runs, whatever the thread's current one is."""
+    seen: list[torch.device | None] = []
+
+    class Enough(Exception):
+        pass
+
+    def load(**_: object) -> None:
+        seen.append(current_gpu[-1])
+        raise Enough
+
+    gpu = torch.device("cuda:1")
+    with monkeypatch.context() as patch:
+        patch.setattr(in_process, "get_model", load)
+        with pytest.raises(Enough):
+            InProcessEncoder(str(folder), device=gpu)
+        # Of another thread, the current one is another.
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "current_device", lambda: 2)
+        with pytest.raises(Enough):
+            InProcessEncoder(str(folder), device="cuda")
+    assert seen == [gpu, torch.device("cuda:2")]
+    encoder = HostEncoder(folder)
+    run = encoder._run
+    monkeypatch.setattr(encoder, "_run", lambda batch: seen.append(current_gpu[-1]) or run(batch))
+    place, encoder.device = encoder.device, gpu
+    pack = in_process.pack
+    monkeypatch.setattr(in_process, "pack", lambda batch, _: pack(batch, place))
+    encoder.encode(some_inputs(2))
+    assert seen[2:] == [gpu]
+    assert current_gpu == [None]
+    encoder.close()
+
+
+def test_kernels_are_compiled_before_the_first_prompt(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a language model, which has no graphs that would be recorded."""
+    passes: list[int] = []
+    forward = DecoderEncoder.forward
+
+    def counted(self: Any, input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        passes.append(len(input_ids))
+        return forward(self, input_ids, *args, **options)
+
+    monkeypatch.setattr(DecoderEncoder, "forward", counted)
+    monkeypatch.setattr(in_process, "compiles", lambda _: True)
+    encoder = HostEncoder(llama_folder)
+    assert len(passes) == 1 and passes[0] % 16
+    encoder.close()
 
 
 def test_what_is_no_encoder(tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ import asyncio
 import gc
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,9 +20,13 @@ import psutil
 import pytest
 import torch
 from sglang.srt.encode_only import shared_memory, wire
+from sglang.srt.encode_only.batch import ForwardBatch
 from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient
+from sglang.srt.encode_only.outputs import LayerCapture, hand_over
+from sglang.srt.encode_only.packing import Packed, Place, Segment
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec
 from sglang.srt.encode_only.shared_memory import Mapping, Memories, Memory, Offer
+from sglang.srt.managers import utils
 
 from checkpoints import fresh_seed
 
@@ -80,6 +87,48 @@ def test_what_is_written_is_what_is_sent(server, inputs, request):
 
     with EncoderClient(url) as client:
         assert_same(asyncio.run(shared()), client.encode_inputs(inputs))
+
+
+def test_what_was_written_does_not_travel(monkeypatch):
+    """Also where srt has copied it from a GPU, as ordinary tensors. The rest does as its bytes."""
+
+    def from_gpu(values: torch.Tensor) -> torch.Tensor:
+        host = torch.empty(values.shape, dtype=values.dtype)
+        host.copy_(values)
+        return host
+
+    monkeypatch.setattr(utils, "_async_d2h", from_gpu)
+    states = torch.randn(2, 4096).bfloat16()
+    inputs = [EncodeInput(token_ids=[3] * 8) for _ in states]
+    memory = Memory()
+    batch = ForwardBatch.packed(
+        [[Segment(8, one.spec)] for one in inputs],
+        input_ids=torch.zeros(16, dtype=torch.int64),
+        positions=torch.zeros(16, dtype=torch.int64),
+        seq_lens=torch.tensor([8, 8]),
+        req_pool_indices=torch.tensor([0, 1]),
+    )
+    capture = LayerCapture(batch, 1)
+    capture.offer(-1, states.view(16, 512))
+    given = capture.finish()
+    result = utils.EmbeddingBatchResult(given.embeddings, given.pooled_hidden_states)
+    result.copy_to_cpu()
+    scheduler: Any = SimpleNamespace(
+        output_streamer=SimpleNamespace(send_to_detokenizer=SimpleNamespace(socket=object()))
+    )
+    asked = Packed.of(inputs[:1], Place(memory.offer, 0)), Packed.of(inputs[1:])
+    requests: Any = SimpleNamespace(
+        reqs=[
+            SimpleNamespace(rid=str(i), sampling_params=SimpleNamespace(custom_params=params))
+            for i, params in enumerate(asked)
+        ]
+    )
+    hand_over(scheduler, requests, result)
+    assert result.pooled_hidden_states is not None
+    written, sent = (pickle.dumps(x, pickle.HIGHEST_PROTOCOL) for x in result.pooled_hidden_states)
+    assert bytes(memory.body(8192)) == bytes(wire.raw(states[0]))
+    assert len(written) < 1000 and not pickle.loads(written).numel()
+    assert len(sent) < 8192 + 1000 and torch.equal(pickle.loads(sent), states[1])
 
 
 def test_it_comes_in_memory(t5_server):

@@ -7,6 +7,8 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncodeSpec
 from sglang.srt.layers.attention.encode_only.bias import RelativePositionBias
 from sglang.srt.layers.packed_linear import multiplies
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.models import t5_encoder
 from sglang.srt.runtime_context import get_parallel
 from transformers import PreTrainedModel, T5EncoderModel
@@ -194,6 +197,22 @@ def test_float16_where_t5_outgrows_it(seed: int, tmp_path: Path, open_encoder: O
         # Relative to the state before it is cut, of whose size its errors are.
         error = (states.float() - expected[layer].clamp(-largest, largest)).norm()
         assert error / expected[layer].norm() < TOLERANCE["float16"]
+
+
+def test_quantized_float16_where_t5_outgrows_it() -> None:
+    """A quantized wo has no float32: what it takes and gives is cut instead."""
+    config = random_config(random.Random(10), "T5", d_ff=64, feed_forward_proj="gated-gelu")
+    quantized: Any = SimpleNamespace(get_quant_method=lambda *_, **__: UnquantizedLinearMethod())
+    largest = torch.finfo(torch.float16).max
+    x_th = torch.ones(3, config.d_model, dtype=torch.float16)
+    with get_parallel().override(tp_size=1, tp_rank=0, tp_group=None):
+        layer = t5_encoder.T5FeedForward(config, torch.float16, quantized, "")
+        # The product of both halves is 90,000.
+        layer.wi.weight.data.fill_(300 / config.d_model)
+        for weight in (1 / 128, -1.0):
+            layer.wo.weight.data.fill_(weight)
+            expected = max(64 * weight * largest, -largest)
+            torch.testing.assert_close(layer(x_th), torch.full_like(x_th, expected))
 
 
 def test_blocks_that_nobody_asked_for_do_not_run(tmp_path: Path, open_encoder: Open) -> None:

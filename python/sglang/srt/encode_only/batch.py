@@ -7,21 +7,28 @@ there is anything to prepare for an encoder: no slots in a KV cache, no prefix, 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from sglang.srt.encode_only.forward_mode import encode_only_mode
 from sglang.srt.encode_only.packing import Segment, positions, segments, to_device, token_ids
+from sglang.srt.layers.pooler import EmbeddingPoolerOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch as StockForwardBatch
+from sglang.srt.runtime_context import get_parallel
 
 if TYPE_CHECKING:
     from sglang.srt.encode_only.request import EncodeInput
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
+    from sglang.srt.managers.tp_worker import BaseTpWorker
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -97,6 +104,69 @@ class ForwardBatch(StockForwardBatch):
             encode_segments=requests,
             **fields,
         )
+
+
+    def alone(self, index: int) -> ForwardBatch:
+        """The batch of one of its requests."""
+        lengths = self.extend_seq_lens_cpu
+        assert self.encode_segments is not None and lengths is not None
+        start = sum(lengths[:index])
+        tokens, request = slice(start, start + lengths[index]), slice(index, index + 1)
+        assert self.orig_seq_lens is not None and self.seq_lens_cpu is not None
+        return type(self).packed(
+            self.encode_segments[request],
+            input_ids=self.input_ids[tokens],
+            positions=self.positions[tokens],
+            seq_lens=self.seq_lens[request],
+            req_pool_indices=self.req_pool_indices[request],
+            seq_lens_cpu=self.seq_lens_cpu[request],
+            orig_seq_lens=self.orig_seq_lens[request],
+            rids=self.rids and self.rids[request],
+            is_prefill_only=True,
+        )
+
+
+def forward_what_fits(original: Any, self: BaseTpWorker, batch: ScheduleBatch) -> tuple[Any, bool]:
+    """AROUND `BaseTpWorker.forward_batch_embedding`: a batch for which memory does not suffice is
+    run a request at a time, and one that is too large by itself is refused (503).
+
+    Not with several ranks, of which the others would wait for the one without memory.
+    """
+    try:
+        return original(self, batch)
+    except Exception as error:
+        if get_parallel().tp_size > 1 or not _is_out_of_memory(error):
+            raise
+    # Outside, where what the pass had made is given back.
+    logger.warning("No memory for a batch of %d tokens: one request at a time.", batch.seq_lens_sum)
+    # Not for an encoder in another process, which has no scheduler.
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    whole = ForwardBatch.init_new(batch, self.model_runner)
+    embeddings, flat = [], []
+    for i, req in enumerate(batch.reqs):
+        try:
+            output = self.model_runner.forward(whole.alone(i)).logits_output
+            embeddings += output.embeddings
+            flat += output.pooled_hidden_states or [output.embeddings[0][:0]]
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            said = f"No memory for {batch.extend_lens[i]} tokens at a time; send fewer."
+            req.to_finish = FINISH_ABORT(said, HTTPStatus.SERVICE_UNAVAILABLE)
+            embeddings.append(whole.seq_lens.new_empty(0))
+            flat.append(embeddings[-1])
+        if whole.input_ids.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return EmbeddingPoolerOutput(embeddings=embeddings, pooled_hidden_states=flat), False
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a type of its own for that of accelerators alone.
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 def prepare(original: Any, self: ScheduleBatch) -> None:

@@ -15,8 +15,10 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.encode_only.outputs import LayerCapture
+from sglang.srt.encode_only.packing import to_device
 from sglang.srt.encode_only.request import LAST_HIDDEN_STATE
 from sglang.srt.encode_only.weights import lacking, own_sizes
 from sglang.srt.layers.packed_linear import pack_linears
@@ -90,8 +92,8 @@ class DecoderEncoder(nn.Module):
             self._capture = None
         embeddings = None
         if any(spec is None for spec in capture.specs):
-            ends = torch.tensor(capture.lengths).cumsum(0) - 1
-            embeddings = x_th[ends.to(x_th.device)].float()
+            ends = np.cumsum(capture.lengths) - 1
+            embeddings = x_th[to_device(ends, torch.int64, x_th.device)].float()
         return capture.finish(embeddings=embeddings)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:

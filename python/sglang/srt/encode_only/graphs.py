@@ -1,8 +1,11 @@
 """CUDA graphs of an encoder's forward pass: all its kernels launched as one.
 
 A batch is padded to a number of tokens and of sequences that there is a graph for. The tokens
-beyond its own are a sequence that is attended to by nobody, and their rows are cut off. A graph is
-recorded when a size is first seen, and those not used for longest are given up.
+beyond its own are a sequence that is attended to by nobody, and their rows are cut off. A graph
+saves the time by which kernels take longer to launch than to run, and to record it takes more than
+two passes. So there is none of a batch that keeps the GPU busy anyway, and that of another is
+recorded when its size is seen for the second time, where need be in place of one that has not been
+used for long. Those that are recorded before the first prompt comes stay.
 
 That needs an attention backend that reads on the GPU where sequences lie, which
 `encode_only_triton` does. srt's `--cuda-graph-backend-prefill disabled` turns it off. srt's own
@@ -13,7 +16,7 @@ short prompts more than its products.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -29,6 +32,7 @@ from sglang.srt.model_executor.forward_context import (
     get_attn_backend,
 )
 from sglang.srt.runtime_context import get_exec, get_parallel
+from torch import nn
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -36,8 +40,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 8192
-"""Most tokens of a graph. Kernels of more take longer than their launch."""
+"""Most tokens of a graph,"""
+MAX_WORK = 200e9
+"""and most multiply-adds of a block, one a token and weight: twice what an H200 does in the 0.37 ms
+for which the kernels of a block were measured to be launched. So T5-XXL, which gained 5 % at 616
+tokens, has graphs of up to 1,024, and CLIP-L of up to MAX_TOKENS."""
 MAX_GRAPHS = 128
+IDLE = 1024
+"""After how many forward passes without it a graph gives way. Where the sizes in use are more than
+there can be graphs, recording each anew would cost more than none."""
+MAX_SEEN = 1024
+"""Of how many sizes it is remembered that they were seen once."""
 USUAL_LENGTH = 512
 """Up to which prompts have their graphs before the first one comes."""
 
@@ -92,6 +105,8 @@ class _Graph:
         numbers = like.new_zeros(2 * shape.sequences + 1, dtype=torch.int32)
         self.sequences = Sequences(*numbers.split([shape.sequences + 1, shape.sequences]))
         self.replay: Callable[[], None] | None = None
+        # The number of the pass that did so; of one that is kept for good, infinity.
+        self.last_used = 0.0
 
     def take(self, input_ids: torch.Tensor, positions: torch.Tensor, sequences: Sequences) -> None:
         tokens, count = len(input_ids), len(sequences.attend)
@@ -108,17 +123,18 @@ class Graphs:
 
     Args:
         run: the model's forward pass, with parameters that stay where they are.
-        num_layers: number of its blocks.
+        blocks: of the model, all of a size; their weights need not be loaded.
         quantized: whether its weights are.
         max_length: most tokens of an input; None for any.
     """
 
     def __init__(
-        self, run: Run, num_layers: int, *, quantized: bool, max_length: int | None = None
+        self, run: Run, blocks: nn.ModuleList, *, quantized: bool, max_length: int | None = None
     ):
         self._run = run
-        self._num_layers = num_layers
+        self._num_layers = len(blocks)
         self._max_length = max_length
+        self._max_tokens = most_tokens(blocks)
         self._usable = (
             get_exec().graph.cuda_graph_config.prefill.backend != Backend.DISABLED
             # Rows that are not the batch's would count for scales of a whole product,
@@ -126,10 +142,13 @@ class Graphs:
             # and ranks would have to record together.
             and get_parallel().tp_size == 1
         )
-        self._graphs: OrderedDict[Shape, _Graph] = OrderedDict()
-        # What graphs give, by layer, `[MAX_TOKENS, hidden]`: read before the next one runs.
+        self._graphs: dict[Shape, _Graph] = {}
+        self._passes = 0
+        # Sizes that there is no graph for, in the order in which they were seen.
+        self._seen: dict[Shape, None] = {}
+        # What graphs give, by layer, `[most tokens, hidden]`: read before the next one runs.
         self._states: dict[int | None, torch.Tensor] = {}
-        self._pool: Any = None
+        self._recorder = Recorder()
         self._turn = _Turn()
 
     def run(
@@ -138,23 +157,34 @@ class Graphs:
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         forward_batch: ForwardBatch,
+        *,
+        for_good: bool = False,
     ) -> None:
-        """Offers `to` what it wants of a batch, by a graph where there can be one.
+        """Offers `to` what it wants of a batch, by a graph where there is one, or should be.
 
         Args:
             input_ids: `[tokens]` int64, the sequences end to end.
             positions: `[tokens]` int64.
+            for_good: whether there is to be a graph from now on, which is never given up.
         """
         backend = get_attn_backend()
         if not (
             self._usable
             and recordable(input_ids.device)
             and isinstance(backend, TritonEncodeBackend)
-            and 0 < len(input_ids) <= MAX_TOKENS
+            and len(input_ids) > 0
         ):
             self._run(to, input_ids, positions, forward_batch)
             return
         shape = Shape.holding(to, len(input_ids), len(backend.sequences.attend))
+        self._passes += 1
+        if shape not in self._graphs and not (
+            shape.tokens <= self._max_tokens
+            and (for_good or self._seen_before(shape))
+            and self._make_room()
+        ):
+            self._run(to, input_ids, positions, forward_batch)
+            return
         # What is kept is written again, also by callers in another mode than the first.
         with self._turn, torch.inference_mode(False), torch.no_grad():
             graph = self._graphs.get(shape) or _Graph(shape, input_ids)
@@ -172,7 +202,7 @@ class Graphs:
                     self._states.clear()
                     self._run(to, input_ids, positions, forward_batch)
                     return
-            self._graphs.move_to_end(shape)
+            graph.last_used = math.inf if for_good else max(graph.last_used, self._passes)
             replay()
             # The next one writes where this one has written.
             for layer in shape.wanted:
@@ -201,7 +231,25 @@ class Graphs:
                 backend.init_forward_metadata(batch)
                 with forward_context(ForwardContext(backend), forward_batch=batch):
                     capture = LayerCapture(batch, self._num_layers)
-                    self.run(capture, batch.input_ids, batch.positions, batch)
+                    self.run(capture, batch.input_ids, batch.positions, batch, for_good=True)
+
+    def _seen_before(self, shape: Shape) -> bool:
+        """Whether it is asked for again; from now on it has been seen."""
+        seen = shape in self._seen
+        self._seen[shape] = None
+        if len(self._seen) > MAX_SEEN:
+            del self._seen[next(iter(self._seen))]
+        return seen
+
+    def _make_room(self) -> bool:
+        """Whether there is room for another graph, if need be in place of one."""
+        if len(self._graphs) < MAX_GRAPHS:
+            return True
+        oldest = min(self._graphs.values(), key=lambda graph: graph.last_used)
+        if self._passes - oldest.last_used <= IDLE:
+            return False
+        del self._graphs[oldest.shape]
+        return True
 
     def _record(
         self,
@@ -219,14 +267,19 @@ class Graphs:
                 if rows_th is None:
                     continue
                 if layer not in self._states:
-                    self._states[layer] = rows_th.new_empty(MAX_TOKENS, rows_th.shape[1])
+                    self._states[layer] = rows_th.new_empty(self._max_tokens, rows_th.shape[1])
                 self._states[layer][: shape.tokens].copy_(rows_th)
 
-        while len(self._graphs) >= MAX_GRAPHS:
-            self._graphs.popitem(last=False)
-        graph.replay, self._pool = recorded(run, self._pool)
+        graph.replay = self._recorder.record(run)
         self._graphs[shape] = graph
+        self._seen.pop(shape, None)
         return graph.replay
+
+
+def most_tokens(blocks: nn.ModuleList) -> int:
+    """How many tokens a graph may have that is of use, for a model of such blocks."""
+    weights = sum(param.numel() for param in blocks.parameters()) / max(1, len(blocks))
+    return int(min(MAX_TOKENS, MAX_WORK // max(1, weights)))
 
 
 class _Turn:
@@ -250,23 +303,40 @@ def recordable(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def recorded(run: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
-    """`run` as a CUDA graph.
+class Recorder:
+    """Makes CUDA graphs that do not run at the same time, so that they share their memory.
 
-    Args:
-        pool: the memory of graphs that do not run at the same time; None for a new one.
-
-    Returns:
-        What runs it, and its pool.
+    And the stream they are recorded on: cuBLAS keeps tens of megabytes for each it has been on.
     """
-    # Kernels are compiled and loaded, and what is kept is made, before anything is recorded.
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on to allocate.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        run()
-    return graph.replay, graph.pool()
+
+    def __init__(self) -> None:
+        self._aside: torch.cuda.Stream | None = None
+        self._pool: Any = None
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """
+        Args:
+            run: launches kernels on the current stream, always on the same memory.
+
+        Returns:
+            What launches them as one.
+
+        Raises:
+            RuntimeError: they cannot be recorded. The current stream is as it was.
+        """
+        current = torch.cuda.current_stream()
+        aside = self._aside = self._aside or torch.cuda.Stream(current.device)
+        graph = torch.cuda.CUDAGraph()
+        aside.wait_stream(current)
+        # Around both: from a recording that fails, torch does not come back.
+        with torch.cuda.stream(aside):
+            # Kernels are compiled and loaded, and what is kept is made, before it is recorded.
+            run()
+            # Other threads may go on to allocate.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"
+            ):
+                run()
+        current.wait_stream(aside)
+        self._pool = graph.pool()
+        return graph.replay

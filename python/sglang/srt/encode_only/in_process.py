@@ -8,9 +8,10 @@ changed: each encoder has a context of its own, in which it is the only rank.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,10 +31,10 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.model_loader import get_model
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import (
+    RuntimeContext,
     SpawnRanks,
     attention_backends,
     create_context,
-    get_device,
     use_context,
 )
 
@@ -42,6 +43,10 @@ assert sdpa and triton_backend and fa4_backend
 
 # srt keeps the context in use in globals of the process.
 _ONE_AT_A_TIME = threading.RLock()
+
+_FIRST_PROMPT = 20
+"""Tokens of what is encoded on a GPU before anybody asks. Triton may compile other kernels for a
+multiple of 16, and for one."""
 
 
 class InProcessEncoder:
@@ -52,7 +57,8 @@ class InProcessEncoder:
         model_path: the checkpoint's folder.
         dtype: of the model and of what it gives back, such as `bfloat16`; the checkpoint's by
             default.
-        device: where it runs; by default where srt would.
+        device: where it runs; by default where srt would. Of several GPUs, without an index, the
+            calling thread's current one.
         max_tokens: most tokens of a forward pass; an input that is longer runs alone.
         server_args: further arguments of srt's ServerArgs.
 
@@ -82,33 +88,38 @@ class InProcessEncoder:
         }
         args: Any = ServerArgs(**settings, **server_args)
         self.max_tokens = max_tokens
+        gpu_id = _gpu_id(place)
         with _ONE_AT_A_TIME:
-            gpu_id = 0 if place is None or place.index is None else place.index
             ranks = SpawnRanks(world_rank=0, gpu_id=gpu_id)
             self._context = create_context(args, role="scheduler", ranks=ranks)
-            with use_context(self._context) as context:
-                self.device = torch.device(get_device().device) if place is None else place
-                alone = SimpleNamespace(
-                    world_size=1, rank=0, rank_in_group=0, is_first_rank=True, is_last_rank=True
+        self.device = place or torch.device(self._context.config_bag("device").device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", gpu_id)
+        with self._in_turn() as context:
+            alone = SimpleNamespace(
+                world_size=1, rank=0, rank_in_group=0, is_first_rank=True, is_last_rank=True
+            )
+            context.parallel.override_permanently(tp_group=alone, pp_group=alone)
+            self.model_config = ModelConfig.from_server_args(args)
+            hf_config = self.model_config.hf_config
+            with registered(hf_config.architectures[0], encoder_of(hf_config)):
+                self._model: Any = get_model(
+                    model_config=self.model_config,
+                    load_config=LoadConfig(
+                        load_format=args.load_format,
+                        model_loader_extra_config=args.model_loader_extra_config,
+                    ),
+                    device_config=DeviceConfig(self.device.type, gpu_id),
                 )
-                context.parallel.override_permanently(tp_group=alone, pp_group=alone)
-                self.model_config = ModelConfig.from_server_args(args)
-                hf_config = self.model_config.hf_config
-                with registered(hf_config.architectures[0], encoder_of(hf_config)):
-                    self._model: Any = get_model(
-                        model_config=self.model_config,
-                        load_config=LoadConfig(
-                            load_format=args.load_format,
-                            model_loader_extra_config=args.model_loader_extra_config,
-                        ),
-                        device_config=DeviceConfig(self.device.type, gpu_id),
-                    )
-                self.attn_backend: Any = ATTENTION_BACKENDS[attention_backends()[0]](self)
-                # What srt's model runner does before it serves.
-                prepare = getattr(self._model, "prepare_before_cuda_graph_capture", None)
-                if prepare is not None:
-                    prepare(self)
+            self.attn_backend: Any = ATTENTION_BACKENDS[attention_backends()[0]](self)
+            # What srt's model runner does before it serves.
+            prepare = getattr(self._model, "prepare_before_cuda_graph_capture", None)
+            if prepare is not None:
+                prepare(self)
         self.info = info_of(model_path, self.model_config)
+        if compiles(self.device):
+            # So that the first prompt does not wait for the kernels.
+            self.encode([EncodeInput(token_ids=[0] * min(_FIRST_PROMPT, self.info.max_length))])
 
     def encode(self, inputs: Sequence[EncodeInput]) -> list[EncodeOutput]:
         """The answer for each input, in their order, with tensors on the encoder's device.
@@ -123,7 +134,7 @@ class InProcessEncoder:
             except RequestError as error:
                 raise RequestError(f"Input {i}: {error}", param=error.param) from None
         outputs: list[EncodeOutput] = []
-        with _ONE_AT_A_TIME, use_context(self._context), torch.no_grad():
+        with self._in_turn(), torch.no_grad():
             for batch in split(inputs, self.max_tokens):
                 outputs += self._run(batch)
         return outputs
@@ -135,6 +146,18 @@ class InProcessEncoder:
             # srt's parameters and layers refer to one another.
             gc.collect()
 
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[RuntimeContext]:
+        """Has srt's context, and the current GPU, be this encoder's meanwhile."""
+        # srt's loader, Triton and cuBLAS work on the current one, which each thread has its own of.
+        gpu = self.device if self.device.type == "cuda" else None
+        with (
+            _ONE_AT_A_TIME,
+            torch.cuda.device(gpu) if gpu else contextlib.nullcontext(),
+            use_context(self._context) as context,
+        ):
+            yield context
+
     def _run(self, batch: list[EncodeInput]) -> list[EncodeOutput]:
         if self._model is None:
             raise ValueError(f"The encoder of {self.info.model} is closed.")
@@ -145,3 +168,16 @@ class InProcessEncoder:
                 packed.input_ids, packed.positions, packed, get_embedding=True
             ).pooled_hidden_states
         return unpack(states[0], batch, self.info)
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether kernels are compiled, or loaded, when they first run there."""
+    return device.type == "cuda"
+
+
+def _gpu_id(place: torch.device | None) -> int:
+    """The index of the GPU that is meant; 0 where none is."""
+    if place is not None and place.index is not None:
+        return place.index
+    # Who has not used a GPU has not chosen one, and an encoder on a CPU is not to start to.
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0

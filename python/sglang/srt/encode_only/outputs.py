@@ -202,7 +202,13 @@ def hand_over(scheduler: Scheduler, batch: ScheduleBatch, result: EmbeddingBatch
     line = scheduler_line.current()
     if result.copy_done is not None:
         result.copy_done.synchronize()
+    # srt's copies on the host are ordinary tensors, and an empty view of one would travel with all
+    # that it is a view of.
+    flat[:] = [values.as_subclass(Rows) for values in flat]
     for i, req in enumerate(batch.reqs):
+        if req.to_finish is not None:
+            # It is refused, or was given up.
+            continue
         place = place_of(req.sampling_params.custom_params)
         by_line = line is not None and line.write(req.rid, flat[i])
         if by_line or (place is not None and place.write(raw(flat[i]))):

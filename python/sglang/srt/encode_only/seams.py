@@ -207,6 +207,15 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         upstream="`skip_tokenizer_init or is_embedding` where the scheduler makes its channels",
     ),
     Seam(
+        target="sglang.srt.managers.tp_worker:BaseTpWorker.forward_batch_embedding",
+        kind="around",
+        hook="sglang.srt.encode_only.batch:forward_what_fits",
+        parameters=("self", "batch"),
+        process="scheduler",
+        reason="A batch for which memory does not suffice ends the server, with all its callers.",
+        upstream="the same in the method, for embedding models",
+    ),
+    Seam(
         target="sglang.srt.managers.scheduler:Scheduler.process_batch_result",
         kind="before",
         hook="sglang.srt.encode_only.outputs:hand_over",

@@ -207,7 +207,7 @@ class CLIPTextModel(nn.Module):
             )
         self.graphs = Graphs(
             self.offer_states,
-            config.num_hidden_layers,
+            self.blocks,
             quantized=quant_config is not None,
             max_length=config.max_position_embeddings,
         )

@@ -157,7 +157,11 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x_th: torch.Tensor) -> torch.Tensor:
         h, _ = self.wi(x_th)
-        return self.wo(h if self.activated_by_wi else self.act(h))[0]
+        if not self.activated_by_wi:
+            # A quantized wo takes and gives float16, where it cannot be kept in float32.
+            h = within_range(self.act(h), self.wo_dtype)
+        out, _ = self.wo(h)
+        return within_range(out, out.dtype)
 
 
 class T5Block(nn.Module):
@@ -246,9 +250,7 @@ class T5EncoderModel(nn.Module):
             block_prefix = add_prefix(f"encoder.block.{i}", prefix)
             self.blocks.append(T5Block(config, position_bias, i, dtype, quant_config, block_prefix))
         self.final_norm = ResidualNorm(config.d_model, config.layer_norm_epsilon, torch.float32)
-        self.graphs = Graphs(
-            self.offer_states, config.num_layers, quantized=quant_config is not None
-        )
+        self.graphs = Graphs(self.offer_states, self.blocks, quantized=quant_config is not None)
         pack_linears(self)
 
     def get_input_embeddings(self) -> nn.Module:
