@@ -112,6 +112,8 @@ def check(runs: dict[str, Callable[[], torch.Tensor]]) -> None:
 
 def recorded(run: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
     """`repeats` calls as one graph, as encoders launch them."""
+    # What a first call loads or compiles cannot be recorded.
+    run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import multiprocessing
 import random
 import shlex
 import signal
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -158,6 +160,11 @@ def parse(words: list[str]) -> argparse.Namespace:
         metavar="NAME=KIND:URL",
         help="servers that run already; a kind is one of " + ", ".join(by_url.KINDS),
     )
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="also starts each contender once in a process of its own, and says what it takes",
+    )
     parser.add_argument("--folder", type=Path, help="keeps the checkpoint for another run")
     parser.add_argument("--report", type=Path, help="a folder for README.md and its plots")
     parser.add_argument("--seed", type=int, default=0)
@@ -230,6 +237,8 @@ def measure(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         report.begin(args.report)
 
     shapes.write(shape, checkpoint.folder, dtype)
+    if args.memory:
+        weigh_all(report, args.entries, checkpoint)
     running = start_all(report, args.entries, checkpoint, stack)
     if args.rounds:
         time_all(report, running, products, args)
@@ -309,7 +318,6 @@ def start_all(
     """
     expected = references(report, entries.values(), checkpoint)
     gc.collect()
-    meter = MemoryMeter(checkpoint.device)
     running: dict[str, Running] = {}
     for name, contender in tqdm(entries.items(), desc="starting"):
         try:
@@ -319,6 +327,8 @@ def start_all(
             report.left_out.append(f"{name} does not start: {summary(error)}")
             continue
         running[name] = started
+        if not contender.local:
+            report.elsewhere.add(name)
         unchecked = "" if started.states else "vectors, not states: its agreement is not checked"
         report.notes[name] = "; ".join(filter(None, (started.note, unchecked)))
         for one in report.measured:
@@ -329,9 +339,32 @@ def start_all(
             else:
                 lengths = list(map(len, batch))
                 one.work[name] = Work(sum(lengths), checkpoint.shape.operations(lengths))
-        if contender.local:
-            report.memory[name] = meter.bytes()
     return running
+
+
+def weigh_all(report: Report, entries: dict[str, Contender], checkpoint: Checkpoint) -> None:
+    """Notes what each that holds weights here takes in a process where nobody was before it."""
+    local = {name: contender for name, contender in entries.items() if contender.local}
+    for name, contender in tqdm(local.items(), desc="memory"):
+        arranged = (one.workload.arranged[contender.arrangement] for one in report.measured)
+        batches = [batch for batch in arranged if fits(checkpoint.shape, batch)]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, spawn) as processes:
+            try:
+                call = processes.submit(taken_by, contender.start, checkpoint, batches)
+                report.memory[name] = call.result()
+            # Whatever it is, it is said where the contender is to be timed.
+            except Exception as error:
+                print(f"benchmark.encode: memory of {name}: {summary(error)}", file=sys.stderr)
+
+
+def taken_by(start: Start, checkpoint: Checkpoint, batches: list[Batch]) -> int:
+    """Bytes that a contender takes once it has started and has encoded each batch."""
+    meter = MemoryMeter(checkpoint.device)
+    with start(checkpoint) as running:
+        for batch in batches:
+            running.encode(batch)
+        return meter.bytes()
 
 
 def try_out(

@@ -52,18 +52,14 @@ def describe(device: str) -> list[str]:
 
 
 class MemoryMeter:
-    """What has been taken since the last call: of this process and its children, or of a GPU.
+    """What is taken from now on: by this process and its children, or of a GPU by anybody.
 
-    On a CPU it is proportional resident memory, in which shared pages count once. On a GPU it is
-    the peak of this process, or, where that did not rise, what others have taken.
+    On a CPU it is proportional resident memory, in which shared pages count once.
     """
 
     def __init__(self, device: str):
         self.device = device
         self._before = self._taken()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self._allocated = torch.cuda.memory_allocated()
 
     def _taken(self) -> int:
         if self.device == "cuda":
@@ -77,9 +73,4 @@ class MemoryMeter:
         return size
 
     def bytes(self) -> int:
-        grown = self._taken() - self._before
-        if self.device == "cuda":
-            own = torch.cuda.max_memory_allocated() - self._allocated
-            grown = own or grown
-        self.__init__(self.device)
-        return max(0, grown)
+        return max(0, self._taken() - self._before)

@@ -8,7 +8,6 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmark import plots
 from benchmark.arrivals import Served
 from benchmark.roofline import Prediction, Roofline
 from benchmark.workloads import Arrivals, Workload
@@ -32,7 +31,7 @@ class Measured:
         work: of each contender that agrees, and of the products alone.
         times: seconds of each of them.
         errors: relative to transformers in float32, of those that were compared.
-        floor: seconds, by the better of the rooflines before and after.
+        floor: seconds, by the best that the machine has shown in the whole run.
     """
 
     workload: Workload
@@ -70,8 +69,9 @@ class Report:
         machine: lines that describe it.
         arrivals: with the prediction for a prompt of their mean length.
         served: arrivals by contender, in the order in which they were measured.
-        memory: bytes that each contender took.
+        memory: bytes that each contender took by itself, where that was asked for.
         notes: of each contender.
+        elsewhere: contenders that do not compute on this machine, or not this model.
         left_out: who was not measured, and why.
         remarks: what else there is to know.
         roofline_after: the roofline once more, at the end.
@@ -86,6 +86,7 @@ class Report:
     served: list[tuple[str, Arrivals, Served]] = dataclasses.field(default_factory=list)
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    elsewhere: set[str] = dataclasses.field(default_factory=set)
     left_out: list[str] = dataclasses.field(default_factory=list)
     remarks: list[str] = dataclasses.field(default_factory=list)
     roofline_after: Roofline | None = None
@@ -106,7 +107,9 @@ class Report:
             "",
             f"Written {self.began:%Y-%m-%d %H:%M}, before anything else was measured. The floor is "
             "the longer of operations by the rate and bytes by the bandwidth: of the weights once, "
-            "of the embeddings and of the states that are given back.",
+            "of the embeddings and of the states that are given back. Both are the best that the "
+            "machine showed until they settled; one that is busy with something else is faster "
+            "later, and a time may then be below the floor predicted here.",
             "",
             "| workload | operations, G | bytes, M | floor, ms | bound by |",
             "|---|---|---|---|---|",
@@ -139,8 +142,11 @@ class Report:
         if self.roofline_after is not None:
             lines.append(
                 f"- roofline, measured again at the end: {self.roofline_after} (where it is far "
-                "from that of the predictions, the machine was busy with something else; shares "
-                "below are of the better one)"
+                "from that of the predictions, the machine was busy with something else)"
+            )
+            lines.append(
+                f"- roofline of the shares below: {self.best_roofline()}, the best of the two and "
+                "of what any round in between has reached"
             )
         lines.append("")
         for one in self.measured:
@@ -152,12 +158,13 @@ class Report:
         for name, note in self.notes.items():
             taken = f"{self.memory[name] / 1e6:.0f}" if name in self.memory else ""
             lines.append(f"| {name} | {taken} | {note} |")
-        lines += [
-            "",
-            "Memory is what this process and its children took more than before, once a contender "
-            "had started and had encoded each batch, with the libraries that it is the first to "
-            "import. Weights that are mapped from a file count in part where others map them too.",
-        ]
+        if self.memory:
+            lines += [
+                "",
+                "Memory is what a contender took in a process where nobody was before it, with "
+                "that process's children: its weights, what it imports and what a batch leaves "
+                "behind. On a GPU it is memory of the GPU.",
+            ]
         return "\n".join(lines) + "\n"
 
     def _table(self, one: Measured) -> list[str]:
@@ -194,9 +201,24 @@ class Report:
     def measured_again(self, roofline: Roofline) -> None:
         """Takes the roofline as it was at the end."""
         self.roofline_after = roofline
-        better = self.roofline.better(roofline)
+        better = self.best_roofline()
         for one in self.measured:
             one.floor = better.floor(one.prediction.operations, one.prediction.bytes)
+
+    def best_roofline(self) -> Roofline:
+        """The best that the machine has shown: whoever was faster than what is measured of it has
+        measured it better."""
+        found = self.roofline
+        if self.roofline_after is not None:
+            found = found.better(self.roofline_after)
+        for one in self.measured:
+            for name, times in one.times.items():
+                if times and name not in self.elsewhere:
+                    # Products of another dtype read other weights.
+                    size = 0 if _is_products(name) else one.prediction.bytes
+                    rate, bandwidth = one.work[name].operations / min(times), size / min(times)
+                    found = found.better(Roofline(rate, bandwidth))
+        return found
 
     def _served(self) -> list[str]:
         lines = [
@@ -222,7 +244,13 @@ class Report:
         (folder / "README.md").write_text(self.head())
 
     def finish(self, folder: Path) -> None:
-        """Writes it all, with its plots."""
+        """Writes it all, with its plots where there is matplotlib."""
+        try:
+            from benchmark import plots
+        except ImportError as error:
+            self.remarks.append(f"no plots are drawn: {error}")
+            (folder / "README.md").write_text(f"{self.head()}\n{self.results()}")
+            return
         drawn = plots.draw(self.title, self.measured, self.served, folder)
         images = [f"![{title}]({file})\n" for title, file in drawn.items()]
         text = [self.head(), self.results(), *(["## Plots\n", *images] if images else [])]

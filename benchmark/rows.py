@@ -4,7 +4,8 @@
 
 The residual's addition with the RMS norm after it, and the gated activation. Both are bound by
 memory: what they have to read and write, by the time they take, is the bandwidth they reach, beside
-that of a copy. It needs torch and triton alone.
+that of a copy. Calls are timed in CUDA graphs, in which encoders run them. It needs torch and
+triton alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmark.attention import clock
+from benchmark.attention import clock, recorded
 
 # Where sglang-encoder is not installed, the checkout's kernels are found by themselves.
 sys.path.append(str(Path(__file__).parents[1] / "python"))
@@ -26,6 +27,8 @@ from sglang.srt.layers.row_kernels import activate, add_norm
 
 HIDDEN, INNER = 4096, 10240
 EPS = 1e-6
+COPIED = 1 << 30
+"""Bytes that the copy reads."""
 TOLERANCE = 3e-3
 """Largest difference from float64 relative to its norm: of rounding to bfloat16."""
 
@@ -89,9 +92,10 @@ def main() -> None:
         raise SystemExit("benchmark.rows needs a CUDA GPU, and torch finds none.")
 
     torch.manual_seed(0)
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copied = min(clock(lambda: target.copy_(source), args.repeats) for _ in range(args.rounds))
+    copy = recorded(lambda: target.copy_(source), args.repeats)
+    copied = min(clock(copy, args.repeats) for _ in range(args.rounds))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; medians of {args.rounds}")
     print(f"A copy reads and writes {2 * source.numel() / copied / 1e6:.2f} TB/s.\n")
     print("| | tokens | kernel, µs | torch, µs | torch / kernel | kernel, TB/s |")
@@ -99,8 +103,10 @@ def main() -> None:
     for tokens in args.tokens:
         for pair in pairs(tokens):
             check(pair)
-            runs = (pair.fused, pair.plain)
-            rounds = [[clock(run, args.repeats) for run in runs] for _ in range(args.rounds)]
+            graphs = [recorded(run, args.repeats) for run in (pair.fused, pair.plain)]
+            for graph in graphs:
+                clock(graph, args.repeats)
+            rounds = [[clock(graph, args.repeats) for graph in graphs] for _ in range(args.rounds)]
             fused, plain = (statistics.median(column) for column in zip(*rounds))
             cells = [f"{fused:.1f}", f"{plain:.1f}", f"{plain / fused:.2f}"]
             cells.append(f"{pair.size / fused / 1e6:.2f}")

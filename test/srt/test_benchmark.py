@@ -1,24 +1,62 @@
-"""`python -m benchmark.encode`: whom it times, whom it leaves out, what it refuses."""
+"""The benchmarks: whom they time, whom they leave out, what they refuse, how they count; and that
+each gets through its own timing."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
+import json
+import math
+import os
 import random
+import statistics
+import subprocess
 import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from benchmark import contenders, encode, roofline, shapes
-from benchmark.workloads import token_ids
+from benchmark import (
+    arrivals,
+    by_url,
+    contenders,
+    encode,
+    graphs,
+    instructions,
+    linear,
+    other_encoders,
+    report,
+    roofline,
+    shapes,
+    stage,
+    startup,
+    transport,
+)
+from benchmark.roofline import Prediction, Roofline
+from benchmark.workloads import PROMPTS, Arrivals, Workload, token_ids
+from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.local_server import LocalServer
+from sglang.srt.encode_only.request import EncodeInput
+from torch.utils.flop_counter import FlopCounterMode
+
+from device import DEVICE
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch):
     """Runs the command in this process."""
-    monkeypatch.setattr(roofline, "MOST_SECONDS", 0.1)
+    monkeypatch.setattr(roofline, "SECONDS", 0.02)
 
     def run_(*words: str) -> None:
         monkeypatch.setattr(sys, "argv", ["benchmark.encode", *words])
@@ -33,12 +71,12 @@ def rows(report: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_a_report(run, t5_server: LocalServer, tmp_path: Path):
+def test_a_report(run, t5_server: LocalServer, embeddings: Embeddings, tmp_path: Path):
     words = ["--shape", "clip-l", "--layers", "1", "--dtype", "float32", "--device", "cpu"]
     words += ["--length", "7", "100", "--batch", "1", "3", "--rounds", "2"]
     words += ["--contenders", "in process", "server", "transformers"]
     # Nor does a server of another model agree.
-    words += ["--url", f"another=ours:{t5_server.url}"]
+    words += ["--url", f"another=ours:{t5_server.url}", f"vectors=tei:{embeddings.url}"]
     words += ["--rate", "5", "--seconds", "2", "--report", str(tmp_path)]
     run(*words)
     report = (tmp_path / "README.md").read_text()
@@ -57,12 +95,47 @@ def test_a_report(run, t5_server: LocalServer, tmp_path: Path):
     assert not [cells for cells in table if cells[0] == "another" and len(cells) == 8]
     ratios = [cells for cells in table if cells[0] == "transformers" and len(cells) == 3]
     assert any(float(cells[1]) > 0 and float(cells[2]) > 0 for cells in ratios), report
-    # Only servers, and of those only who agreed.
-    (arrived,) = (cells for cells in rows(arrivals) if cells[1] == "5")
-    assert arrived[0] == "server" and int(arrived[-2]) > 0 and arrived[-1] == "0"
+    # Of whom vectors are all that is known, they are timed unchecked.
+    unchecked = [cells for cells in table if cells[0] == "vectors" and len(cells) == 8]
+    assert len(unchecked) == 2 and not any(cells[-1] for cells in unchecked), report
+    assert "vectors, not states: its agreement is not checked" in report
+    # Nor is anybody here faster than what the machine can do.
+    here = [cells for cells in table if len(cells) == 8 and cells[0] != "vectors"]
+    shares = [float(cells[4]) for cells in here if cells[4] != "of the roofline"]
+    assert len(shares) == 8 and max(shares) <= 1, report
+    # Only servers, and of those only who agreed, or gave no states.
+    arrived = [cells for cells in rows(arrivals) if cells[1] == "5"]
+    assert [cells[0] for cells in arrived] == ["server", "vectors"]
+    assert all(int(cells[-2]) > 0 and cells[-1] == "0" for cells in arrived), report
     for plot in ("throughput", "latency", "fraction-of-the-roofline"):
         assert (tmp_path / f"{plot}.png").stat().st_size > 0
         assert f"({plot}.png)" in report
+
+
+def test_memory_is_measured_where_nobody_was_before(tmp_path: Path):
+    shape = shapes.SHAPES["clip-l"].with_layers(3)
+    shapes.write(shape, tmp_path / "checkpoint", torch.float32)
+    checkpoint = contenders.Checkpoint(shape, tmp_path / "checkpoint", torch.float32, DEVICE.type)
+    workload = Workload("group", token_ids([7], random.Random(0)))
+    whole = some_report([report.Measured(workload, Prediction(1, 1, 1.0, "memory"))])
+    entries = {
+        "transformers": contenders.CONTENDERS["transformers"],
+        "elsewhere": contenders.Contender(contenders.transformers, local=False),
+    }
+    encode.weigh_all(whole, entries, checkpoint)
+    # At least the blocks: of an embedding that is mapped from a file, what is read is in memory.
+    weights = 4 * sum(a * b for a, b in shape.products())
+    assert weights < whole.memory.pop("transformers") < weights + 1e9
+    assert not whole.memory
+
+
+def test_without_matplotlib_a_report_has_no_plots(monkeypatch, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "benchmark.plots", raising=False)
+    monkeypatch.delattr("benchmark.plots", raising=False)
+    some_report([]).finish(tmp_path)
+    written = (tmp_path / "README.md").read_text()
+    assert "## Predictions" in written and "no plots are drawn" in written
 
 
 T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4}
@@ -123,3 +196,487 @@ def test_what_is_impossible_is_refused(run, words: list[str], said: str, capsys)
         run(*words)
     assert ended.value.code not in (0, None)
     assert said in str(ended.value.code) + capsys.readouterr().err
+
+
+def some_report(measured: list[report.Measured]) -> report.Report:
+    return report.Report("title", "command", [], Roofline(1e9, 1e9), measured, [])
+
+
+def test_no_share_is_above_that_of_the_fastest_round():
+    def measured(operations: int, **times: list[float]) -> report.Measured:
+        workload = Workload("group", [[5] * 9])
+        one = report.Measured(workload, Prediction(operations, 100, 0.0, "operations"))
+        one.times = times
+        one.work = dict.fromkeys(times, report.Work(9, operations))
+        return one
+
+    one = measured(8 * 10**9, mine=[4.0, 2.0, 3.0], elsewhere=[0.1])
+    other = measured(3 * 10**9, mine=[1.0])
+    whole = some_report([one, other])
+    whole.elsewhere = {"elsewhere"}
+    whole.measured_again(Roofline(2e9, 5e9))
+    assert whole.best_roofline() == Roofline(4e9, 5e9)
+    assert one.floor == 2.0 and other.floor == 0.75
+
+
+class Clock:
+    """Runs take so many seconds, one after the other, and the last of them from then on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, seconds: Callable[[float], float]):
+        self.now = 0.0
+        self.seconds = seconds
+        patch.setattr(roofline, "clock", self.run)
+        patch.setattr(roofline, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def run(self, run: Callable[[], object]) -> float:
+        taken = self.seconds(self.now)
+        self.now += taken
+        return taken
+
+
+def test_a_rate_is_measured_until_it_settles(monkeypatch):
+    # Of a machine that is busy with something else for a while, and less and less so.
+    clock = Clock(monkeypatch, lambda now: max(1.0, 2.0 - now / 10) / 10)
+    assert roofline.best(lambda: None, "cpu") == 0.1
+    assert 10 < clock.now < 10 + 3 * roofline.SECONDS
+    # Ten of them are timed together on a GPU.
+    clock = Clock(monkeypatch, lambda now: 0.5)
+    assert roofline.best(lambda: None, "cuda") == 0.05
+    assert clock.now < 3 * roofline.SECONDS
+    # One that never settles is taken as it is.
+    clock = Clock(monkeypatch, lambda now: 0.1 * 0.9**now)
+    roofline.best(lambda: None, "cpu")
+    assert clock.now < roofline.MOST_TIMES * roofline.SECONDS + 1
+
+
+def small(name: str, **sizes: Any) -> shapes.Shape:
+    shape = shapes.SHAPES[name].with_layers(2)
+    return dataclasses.replace(shape, settings={**shape.settings, **sizes, "vocab_size": 30000})
+
+
+SMALL = {
+    "t5-base": small("t5-base", **T5),
+    "clip-l": small("clip-l", **WIDTH, projection_dim=64),
+    "llama-8b": small("llama-8b", **WIDTH, num_key_value_heads=2),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_operations_are_those_that_torch_counts(name: str):
+    shape, length = SMALL[name], 12
+    torch.manual_seed(0)
+    model = shape.model_class._from_config(shape.config, attn_implementation="eager").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.full((1, length), 5))
+    # A causal one is made to multiply what its mask takes away again.
+    masked = shape.operations([length]) - 2 * length * sum(a * b for a, b in shape.products())
+    assert counter.get_total_flops() == shape.operations([length]) + masked * shape.causal
+
+
+def test_a_floor_is_the_longer_of_two():
+    shape = SMALL["t5-base"]
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    tokens = 7
+    operations = 2 * tokens * weights + 4 * 2 * 64 * (3 * 3 + 4 * 4)
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        size *= weights + 2 * tokens * 64
+        quick = Roofline(rate=operations / 2, bandwidth=size)
+        found = Prediction.of(shape, [3, 4], dtype, quick)
+        assert (found.operations, found.bytes, found.bound) == (operations, size, "operations")
+        assert found.floor == 2
+        narrow = Roofline(rate=operations, bandwidth=size / 3)
+        found = Prediction.of(shape, [3, 4], dtype, narrow)
+        assert found.floor == pytest.approx(3) and found.bound == "memory"
+        assert quick.better(narrow) == Roofline(operations, size)
+
+
+def test_arrivals_are_poisson(seed: int):
+    rng = random.Random(seed)
+    rate, seconds = 50, 200
+    found = Arrivals.poisson(rate, seconds, PROMPTS, rng, longest=40)
+    assert found.times[0] == 0 and found.times[-1] < seconds
+    assert len(found.prompts) == len(found.times)
+    assert min(map(len, found.prompts)) >= 2 and max(map(len, found.prompts)) <= 40
+    gaps = [b - a for a, b in pairwise(found.times)]
+    # 10,000 gaps: six times the deviation of a mean, and of a share.
+    assert statistics.mean(gaps) == pytest.approx(1 / rate, rel=0.06)
+    for share in (0.1, 0.5, 0.9):
+        longer = sum(gap > -math.log(share) / rate for gap in gaps) / len(gaps)
+        assert longer == pytest.approx(share, abs=0.03)
+    # Whether one is long says nothing of the next.
+    typical = math.log(2) / rate
+    alike = sum((a > typical) == (b > typical) for a, b in pairwise(gaps)) / len(gaps)
+    assert alike == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_latency_counts_from_when_a_prompt_was_due(monkeypatch):
+    class Full(RuntimeError):
+        status = 429
+
+    def encode_(batch: list[list[int]]) -> list[torch.Tensor]:
+        ((what,),) = batch
+        if what:
+            raise (Full() if what == 1 else ConnectionError())
+        time.sleep(0.4)
+        return []
+
+    prompts = [[0], [0], [1], [0], [2], [1]]
+    some = Arrivals(1.0, [0.0, 0.01, 0.02, 0.03, 0.04, 0.05], prompts)
+    found = arrivals.serve(encode_, some)
+    assert found.errors == {"status 429": 2, "ConnectionError": 1}
+    assert len(found.latencies) == 3 and all(0.4 <= one < 0.8 for one in found.latencies)
+    # As many at once, and not one after the other.
+    assert found.seconds < 1.1
+    assert found.throughput == 3 / found.seconds
+    # One at a time, the last has waited for the others.
+    monkeypatch.setattr(arrivals, "UNDER_WAY", 1)
+    found = arrivals.serve(encode_, Arrivals(1.0, [0.0, 0.0, 0.0], [[0]] * 3))
+    for i, latency in enumerate(found.latencies, 1):
+        assert latency == pytest.approx(0.4 * i, abs=0.3)
+    # Of ascending ones, the least that so many do not exceed.
+    found = arrivals.Served([1.0, 2.0, 3.0, 4.0], 2.0, {})
+    assert [found.percentile(share) for share in (0.0, 0.25, 0.5, 0.51, 0.99)] == [1, 1, 2, 3, 4]
+    assert math.isnan(arrivals.Served([], 1.0, {}).percentile(0.5))
+
+
+def test_prompts_of_similar_length_go_together(monkeypatch):
+    parts: list[list[int]] = []
+
+    @contextlib.contextmanager
+    def transformers(checkpoint: object, *, compiled: bool) -> Iterator[contenders.Running]:
+        def encode_(batch: list[list[int]]) -> list[torch.Tensor]:
+            parts.append([len(ids) for ids in batch])
+            # Four at a time are best.
+            time.sleep({1: 0.02, 2: 0.02, 4: 0.002}.get(len(batch), 0.06))
+            return [torch.tensor(ids) for ids in batch]
+
+        yield contenders.Running(encode_)
+
+    monkeypatch.setattr(contenders, "transformers", transformers)
+    lengths = [7, 2, 9, 4, 8, 3, 6, 5, 1]
+    batch = token_ids(lengths, random.Random(0))
+    with contenders.transformers_sorted(None) as running:
+        running.encode(batch)
+        parts.clear()
+        found = running.encode(batch)
+    assert parts == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
+    assert [states.tolist() for states in found] == batch
+
+
+class Embeddings(ThreadingHTTPServer):
+    """Speaks text-embeddings-inference's and OpenAI's embeddings APIs: a prompt's vector is its
+    first token id and how many there are."""
+
+    daemon_threads = True
+    most = 4
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.asked: list[tuple[str, Any]] = []
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: Embeddings
+
+    def answer(self, body: object, status: int = 200) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def do_GET(self) -> None:
+        known = {
+            "/info": {"model_id": "some/model", "max_client_batch_size": self.server.most},
+            "/v1/models": {"data": [{"id": "some-model"}]},
+        }
+        self.answer(known.get(self.path), 200 if self.path in known else 404)
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, asked))
+        prompts = asked["inputs" if self.path == "/embed" else "input"]
+        vectors = [[float(ids[0]), float(len(ids))] for ids in prompts]
+        if self.path == "/embed" and len(prompts) > self.server.most:
+            self.answer({"error": "batch size is too large", "error_type": "Validation"}, 413)
+        elif any(len(ids) == 1 for ids in prompts):
+            self.answer({"error": "the queue is full"}, 429)
+        elif self.path == "/embed":
+            self.answer(vectors)
+        else:
+            rows_ = [{"index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+            self.answer({"data": rows_[::-1], "model": asked["model"]})
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def embeddings() -> Iterator[Embeddings]:
+    with Embeddings() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", ["tei", "vllm", "openai"])
+def test_servers_that_give_vectors(kind: str, embeddings: Embeddings):
+    name, contender = by_url.parse(f"mine={kind}:{embeddings.url}")
+    assert name == "mine" and not contender.local
+    batch = token_ids([5, 2, 9, 3, 4, 7, 2, 8, 6], random.Random(3))
+    with contender.start(None) as running:
+        assert running.is_server and not running.states
+        assert running.note == f"serves {'some/model' if kind == 'tei' else 'some-model'}"
+        vectors = running.encode(batch)
+        sizes = [
+            len(asked["inputs" if kind == "tei" else "input"]) for _, asked in embeddings.asked
+        ]
+        # TEI says how many it takes at a time.
+        assert sorted(sizes) == ([1, 4, 4] if kind == "tei" else [9])
+        assert [v.tolist() for v in vectors] == [[ids[0], len(ids)] for ids in batch]
+        with pytest.raises(by_url.Refused, match=r"429: .*queue is full") as refused:
+            running.encode([[1]])
+        assert refused.value.status == 429
+
+
+@pytest.fixture
+def main(monkeypatch, capsys) -> Callable[..., str]:
+    """What a benchmark's command prints, of small models."""
+    for name, shape in SMALL.items():
+        monkeypatch.setitem(shapes.SHAPES, name, shape)
+
+    def main_(module: Any, *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *words])
+        module.main()
+        return capsys.readouterr().out
+
+    return main_
+
+
+class TorchWithGraphs:
+    """torch of a machine with a GPU, as `benchmark.graphs` uses it."""
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        get_device_name=lambda: "no GPU",
+        synchronize=lambda: None,
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def test_graphs_are_timed(main, monkeypatch):
+    asked = []
+
+    def open_(folder: str, *, dtype: torch.dtype, device: str, **others: str) -> InProcessEncoder:
+        asked.append((device, others))
+        return InProcessEncoder(folder, dtype=dtype, device="cpu")
+
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(graphs, "torch", TorchWithGraphs())
+        monkeypatch.setattr(graphs, "InProcessEncoder", open_)
+    printed = main(graphs, "--length", "9", "--batch", "1", "2", "--rounds", "2")
+    _, *table = rows(printed)
+    # Three ragged batches, and those that were asked for.
+    assert [cells[:2] for cells in table[3:]] == [["1", "9"], ["2", "18"]]
+    assert all(float(cells[-1]) > 0 for cells in table), printed
+    if DEVICE.type == "cpu":
+        assert asked == [("cuda", {}), ("cuda", {"cuda_graph_backend_prefill": "disabled"})]
+
+
+def test_instructions_are_counted(main, monkeypatch):
+    calls = []
+
+    # Real ones are compiled in test_triton_attention.py.
+    def compile_(head_dim: int, **options: Any) -> instructions.Compiled:
+        calls.append((head_dim, options))
+        return instructions.Compiled(99, 0, False, [7, 8])
+
+    monkeypatch.setattr(instructions, "compile_for_hopper", compile_)
+    _, *table = rows(main(instructions, "--head-dims", "64", "--blocks", "64,32,4,3"))
+    assert len(table) == len(calls) == 4
+    assert all(cells[-5:] == ["64 × 32", "99", "0", "overlap", "7, 8"] for cells in table)
+    assert all(set(options) == {"with_bias", "causal", "blocks"} for _, options in calls)
+
+
+def test_linear_layers_are_timed(main):
+    _, *table = rows(main(linear, "--tokens", "3", "5", "--rounds", "2"))
+    assert {cells[0] for cells in table} >= {"float32"}
+    assert all(float(cells[-1]) > 0 for cells in table)
+
+
+class Server:
+    """A server's place, and none behind it."""
+
+    url = "http://nowhere"
+
+    def __init__(self, folder: Path, *arguments: str):
+        assert folder.is_dir()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_transport_is_timed(main, monkeypatch):
+    asked = []
+
+    class Client:
+        def __init__(self, url: str, *, share_memory: bool):
+            self.share_memory = share_memory
+
+        def __enter__(self) -> Client:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def encode_inputs(self, inputs: list[EncodeInput]) -> None:
+            (one,) = inputs
+            asked.append((self.share_memory, len(one.token_ids) - one.spec.skip))
+
+    monkeypatch.setattr(transport, "LocalServer", Server)
+    monkeypatch.setattr(transport, "EncoderClient", Client)
+    printed = main(transport, "--tokens", "16", "--hidden", "32", "--rounds", "2")
+    assert len(rows(printed)) == 1 + 6, printed
+    # Ten to warm up, then each way with each answer.
+    every = {(share, tokens) for share in (False, True) for tokens in (8, 1, 16)}
+    assert set(asked[10:]) == every and len(asked) == 10 + 2 * 6
+    assert "all rows: HTTP less line" in printed
+
+
+def test_stages_are_timed(main, monkeypatch):
+    opened = []
+
+    def stage_runner(folder: Path, place: str) -> Callable[[], Any]:
+        encoder = InProcessEncoder(str(folder / stage.COMPONENT), dtype="bfloat16", device="cpu")
+        tokenizer = stage.transformers.AutoTokenizer.from_pretrained(folder / stage.TOKENIZER)
+        ids = tokenizer(stage.PROMPT, padding="max_length", max_length=stage.LENGTH)["input_ids"]
+        opened.append(place)
+        return lambda: encoder.encode([EncodeInput(token_ids=ids)])[0].last_hidden_state[None]
+
+    monkeypatch.setattr(stage, "apply_plugin_hooks", lambda: None)
+    monkeypatch.setattr(stage, "start_native", lambda: None)
+    monkeypatch.setattr(stage, "LocalServer", Server)
+    monkeypatch.setattr(stage, "stage_runner", stage_runner)
+    _, *table = rows(main(stage, "--rounds", "2", "--width", "64"))
+    assert opened == ["srt", Server.url, "native"]
+    assert table[0][0] == "forward pass" and len(table) == 4
+    assert float(table[0][-1]) == 0
+
+
+def test_starts_are_timed(main, monkeypatch):
+    started = []
+
+    def start(pipeline: Path, anew: bool) -> startup.Started:
+        started.append((pipeline.is_dir(), anew))
+        return startup.Started(2.0, 3_000_000_000)
+
+    monkeypatch.setattr(startup, "PROGRAMS", {"one": start, "other": start})
+    _, *table = rows(main(startup, "--rounds", "2"))
+    assert len(table) == 4 and all(cells[2:] == ["2.0", "2.0–2.0", "3.00"] for cells in table)
+    assert started == [(True, True), (True, False)] * 4
+
+
+def test_other_encoders_are_timed(main, monkeypatch):
+    class Pool:
+        def __init__(self, processes: int, start: Callable, words: tuple[str, str]):
+            assert start is other_encoders.load_native
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def apply(self, function: Callable, words: tuple[list[int], int]):
+            assert function is other_encoders.encode_native
+            ids, rounds = words
+            assert len(ids) == 77
+            return [0.01] * rounds, torch.ones(64)
+
+    context = SimpleNamespace(get_context=lambda way: SimpleNamespace(Pool=Pool))
+    monkeypatch.setattr(other_encoders, "multiprocessing", context)
+    clip = SMALL["clip-l"]
+    clip = dataclasses.replace(clip, settings={**clip.settings, "vocab_size": 49408})
+    clip = dataclasses.replace(clip, settings={**clip.settings, "num_hidden_layers": 12})
+    monkeypatch.setitem(shapes.SHAPES, "clip-l", clip)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    monkeypatch.setattr(other_encoders, "QWEN3", {**other_encoders.QWEN3, **sizes})
+    printed = main(other_encoders, "--rounds", "2")
+    table = [cells for cells in rows(printed) if cells[0] not in ("", "layer")]
+    assert [cells[0] for cells in table[-4:]] == ["1", "2", "3", "4"]
+    assert sum(cells[0] == "native" for cells in table) == 2, printed
+
+
+def gpu_script(
+    folder: Path, *words: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """`gpu.sh`, and the commands that it ran with a Python that only notes them."""
+    noted = folder / "noted"
+    python = folder / "python"
+    python.write_text(
+        f"#!{sys.executable}\n"
+        "import json, sys, time\n"
+        f"print(json.dumps(sys.argv[1:]), file=open({str(noted)!r}, 'a'))\n"
+        "print('said')\n"
+        "if 'benchmark.rows' in sys.argv: sys.exit('no rows today')\n"
+        "if 'benchmark.graphs' in sys.argv: time.sleep(60)\n"
+    )
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "benchmark" / "gpu.sh"), *words]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHON": str(python), **environment},
+        capture_output=True,
+        text=True,
+    )
+    lines = noted.read_text().splitlines() if noted.exists() else []
+    return done, [json.loads(line) for line in lines]
+
+
+def test_what_a_gpu_measures_goes_on_past_what_fails(tmp_path: Path):
+    out = tmp_path / "out"
+    done, _ = gpu_script(tmp_path, str(out), "rows", "graphs", "tests", LIMIT="2")
+    assert done.returncode == 1, done.stderr
+    assert "no rows today" in done.stdout and "graphs ended with status 124" in done.stdout
+    with tarfile.open(f"{out}.tar.gz") as packed:
+        names = set(packed.getnames())
+        assert {"./rows.log", "./graphs.log", "./tests.log"} <= names
+        assert "./attention.log" not in names
+
+
+def test_what_a_gpu_measures_can_be_chosen_and_is_understood(tmp_path: Path, monkeypatch):
+    for words in ([], [str(tmp_path / "out"), "no-such-step"]):
+        done, ran = gpu_script(tmp_path, *words)
+        assert done.returncode == 2 and "usage: gpu.sh FOLDER [STEP...]" in done.stderr
+        assert not ran and not (tmp_path / "out").exists()
+    steps = done.stderr.rpartition(":")[2].split()
+    quick = [name for name in steps if not name.startswith("graphs")]
+    _, ran = gpu_script(tmp_path, str(tmp_path / "out"), *quick, LIMIT="20")
+    assert len(ran) == len(quick)
+    slow = [name for name in steps if name not in quick]
+    _, ran = gpu_script(tmp_path, str(tmp_path / "out"), *slow, LIMIT="1")
+    assert len(ran) == len(steps)
+    text = (ROOT / "benchmark" / "README.md").read_text()
+    for step in steps:
+        assert f"| `{step}` |" in text, f"README.md does not say what {step} measures"
+    # Each command is one that its benchmark understands.
+    for _, module, *words in ran:
+        if module == "benchmark.encode":
+            encode.parse(["--device", "cpu", *words[2:]])
+        elif module in ("benchmark.attention", "benchmark.rows", "benchmark.graphs"):
+            monkeypatch.setattr(sys, "argv", [module, *words])
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+            with pytest.raises(SystemExit, match="needs a CUDA GPU"):
+                importlib.import_module(module).main()
+        else:
+            assert module in ("benchmark.instructions", "pytest")

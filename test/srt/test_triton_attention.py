@@ -1,9 +1,14 @@
-"""The fused attention kernel and its backend, against float64."""
+"""The fused attention kernel and its backend, against float64; and how kernels are timed."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import random
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -29,11 +34,13 @@ from test_encode_attention import (
     one_rank,
     random_bias,
 )
+from torch.overrides import TorchFunctionMode
 
 from device import DEVICE
 
 __all__ = ["one_rank", "run_kernels"]
 
+T5_BUCKETS = 32, 128
 GUARD = 70
 """Rows before and after those of a batch: not to be read, not to be written."""
 
@@ -136,9 +143,22 @@ def check_backend(lengths: Sequence[int], seed: int, **options: Any) -> None:
 
 def edges(head_dim: int, dtype: torch.dtype) -> list[int]:
     """Lengths around the ends of blocks."""
-    blocks = blocks_for(head_dim, dtype)
-    sizes = {blocks.queries, blocks.keys, blocks.queries + blocks.keys}
+    queries, keys, *_ = blocks_for(head_dim, dtype)
+    return around(queries, keys, queries + keys)
+
+
+def around(*sizes: int) -> list[int]:
     return sorted({size + step for size in sizes for step in (-1, 0, 1)})
+
+
+def bias_edges(head_dim: int, dtype: torch.dtype, buckets: tuple[int, int]) -> list[int]:
+    """Lengths around those from which some keys are far: the last bucket's, and those of which a
+    block is the first to have one bias for all of its scores."""
+    queries, keys, *_ = blocks_for(head_dim, dtype)
+    near = last_bucket_from(*buckets) + 1
+    after = -(-(near + queries) // keys) * keys
+    before = -(-(near + keys) // queries) * queries
+    return around(near, before, after, after + keys)
 
 
 def random_attend(lengths: Sequence[int], rng: random.Random) -> list[int]:
@@ -146,7 +166,7 @@ def random_attend(lengths: Sequence[int], rng: random.Random) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("buckets", [(32, 128), None], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("buckets", [T5_BUCKETS, None], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_lengths_around_the_ends_of_blocks(
     causal: bool, buckets: tuple[int, int] | None, dtype: torch.dtype, seed: int, run_kernels
@@ -154,6 +174,33 @@ def test_lengths_around_the_ends_of_blocks(
     lengths = [1, *edges(20, dtype)]
     random.Random(seed).shuffle(lengths)
     run_kernels(check_kernel, lengths, seed, dtype=dtype, causal=causal, buckets=buckets)
+
+
+@pytest.mark.parametrize("buckets", [T5_BUCKETS, None], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "causal"),
+    [(64, dtype, causal) for dtype in TOLERANCE for causal in (True, False)]
+    + [(head_dim, None, None) for head_dim in (32, 128, 256)],
+    ids=str,
+)
+def test_whole_blocks_of_the_head_sizes_of_encoders(
+    head_dim: int,
+    dtype: torch.dtype | None,
+    causal: bool | None,
+    buckets: tuple[int, int] | None,
+    seed: int,
+    run_kernels,
+) -> None:
+    """Such rows fill a block's columns, so that most blocks are loaded without a mask."""
+    rng = random.Random(seed)
+    dtype = rng.choice(list(TOLERANCE)) if dtype is None else dtype
+    causal = rng.random() < 0.5 if causal is None else causal
+    lengths = [1, *edges(head_dim, dtype), *around(2 * blocks_for(head_dim, dtype).queries)]
+    if buckets:
+        lengths += bias_edges(head_dim, dtype, buckets)
+    rng.shuffle(lengths)
+    options = {"head_dim": head_dim, "dtype": dtype, "causal": causal, "buckets": buckets}
+    run_kernels(check_kernel, lengths, seed, heads=1, **options)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -192,7 +239,7 @@ def test_head_sizes(head_dim: int, seed: int, run_kernels) -> None:
         v_head_dim=rng.choice((head_dim, rng.randint(16, MAX_HEAD_DIM))),
         dtype=dtype,
         causal=rng.random() < 0.5,
-        buckets=rng.choice((None, (32, 128))),
+        buckets=rng.choice((None, T5_BUCKETS)),
     )
 
 
@@ -212,21 +259,34 @@ def test_windows(window: int, causal: bool, seed: int, run_kernels) -> None:
         window=window,
         causal=causal,
         logit_cap=rng.choice((0.0, 3.0)),
-        buckets=rng.choice((None, (32, 128))),
+        buckets=rng.choice((None, T5_BUCKETS)),
     )
     # Of a sequence, those farther behind its last key.
     assert blind == sum(max(0, n - keys - window) for n, keys in zip(lengths, attend, strict=True))
 
 
-@pytest.mark.parametrize("buckets", [None, (32, 128)], ids=["no-bias", "bias"])
-def test_capped_scores(buckets: tuple[int, int] | None, seed: int, run_kernels) -> None:
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("buckets", [None, T5_BUCKETS], ids=["no-bias", "bias"])
+def test_capped_scores(
+    buckets: tuple[int, int] | None, causal: bool, dtype: torch.dtype, seed: int, run_kernels
+) -> None:
+    head_dim = random.Random(seed).choice((20, 64))
     run_kernels(
-        check_kernel, [5, 100, 33], seed, kv_heads=1, causal=True, logit_cap=2.0, buckets=buckets
+        check_kernel,
+        [5, 100, 33, 193],
+        seed,
+        kv_heads=1,
+        head_dim=head_dim,
+        dtype=dtype,
+        causal=causal,
+        logit_cap=2.0,
+        buckets=buckets,
     )
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("buckets", [(4, 2), (32, 9), (200, 51), (33, 300), (32, 128)])
+@pytest.mark.parametrize("buckets", [(4, 2), (32, 9), (200, 51), (33, 300), T5_BUCKETS])
 def test_biases_of_keys_far_away(
     buckets: tuple[int, int], causal: bool, seed: int, run_kernels
 ) -> None:
@@ -249,7 +309,7 @@ def test_more_sequences_than_are_searched_at_once(seed: int, run_kernels) -> Non
     rng = random.Random(seed)
     lengths = [rng.choice((0, 0, 1, 2)) for _ in range(SEARCH.value + 40)]
     lengths[rng.randrange(len(lengths))] = 130
-    run_kernels(check_kernel, lengths, seed, heads=1, buckets=(32, 128))
+    run_kernels(check_kernel, lengths, seed, heads=1, buckets=T5_BUCKETS)
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
@@ -292,7 +352,7 @@ def test_the_backend_passes_all_on(
 
 def test_biases_are_alike_from_the_last_bucket_on(seed: int) -> None:
     rng = random.Random(seed)
-    assert last_bucket_from(32, 128) == 91
+    assert last_bucket_from(*T5_BUCKETS) == 91
     for _ in range(200):
         buckets = rng.randint(4, 200)
         max_distance = rng.randint(buckets // 4 + 1, 1000)
@@ -327,7 +387,7 @@ def test_the_kernel_needs_torch_and_triton_alone() -> None:
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_what_hopper_runs(head_dim: int, with_bias: bool, causal: bool) -> None:
     """Products that wait for each other, and registers that do not suffice, show in no result."""
     compiled = compile_for_hopper(head_dim, with_bias=with_bias, causal=causal)
@@ -335,3 +395,97 @@ def test_what_hopper_runs(head_dim: int, with_bias: bool, causal: bool) -> None:
     if with_bias:
         before, near, after, edge = compiled.loops
         assert max(before, after) < near < edge
+
+
+class OnTheHost(TorchFunctionMode):
+    """What is asked for on a GPU is made on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+class Graph:
+    """As of CUDA: made, recorded once, then launched."""
+
+    recorded = False
+
+    def replay(self) -> None:
+        assert self.recorded
+        time.sleep(1e-4)
+
+
+@contextlib.contextmanager
+def recording(graph: Graph) -> Iterator[None]:
+    assert isinstance(graph, Graph) and not graph.recorded
+    yield
+    graph.recorded = True
+
+
+class Event:
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        assert self.time
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.time - self.time)
+
+
+GPU: dict[str, Any] = {
+    "is_available": lambda: True,
+    "get_device_name": lambda: "no GPU",
+    "CUDAGraph": Graph,
+    "graph": recording,
+    "Event": Event,
+}
+
+
+def check_gpu_main(name: str, words: Sequence[str], sizes: dict[str, int]) -> str:
+    """What a benchmark of kernels prints; where there is no GPU, stand-ins make its graphs."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        module = importlib.import_module(f"benchmark.{name}")
+        patch.setattr(sys, "argv", [name, *words])
+        for constant, value in sizes.items():
+            patch.setattr(module, constant, value)
+        if DEVICE.type == "cpu":
+            for attribute, stand_in in GPU.items():
+                patch.setattr(torch.cuda, attribute, stand_in)
+            stack.enter_context(OnTheHost())
+        with contextlib.redirect_stdout(printed):
+            module.main()
+    return printed.getvalue()
+
+
+ATTENTION = ("attention", ["--lengths", "20", "--batches", "1", "2", "--blocks", "32,32,4,1"])
+ROWS = ("rows", ["--tokens", "2", "3"])
+
+
+@pytest.mark.parametrize(
+    ("call", "sizes", "lines", "times"),
+    [
+        (ATTENTION, {"HEADS": 2}, 2, slice(2, None)),
+        # What so few bytes a second come to is rounded to nothing.
+        (ROWS, {"COPIED": 1 << 20, "INNER": 1024}, 4, slice(2, 5)),
+    ],
+    ids=["attention", "rows"],
+)
+def test_kernels_are_timed(
+    call: tuple[str, list[str]], sizes: dict[str, int], lines: int, times: slice, run_kernels
+):
+    name, words = call
+    words = [*words, "--rounds", "2", "--repeats", "2"]
+    printed = run_kernels(check_gpu_main, name, words, sizes)
+    lines_ = [line for line in printed.splitlines() if line.startswith("| ")]
+    heading, *table = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines_)
+    assert len(table) == lines, printed
+    for cells in table:
+        assert len(cells) == len(heading)
+        assert all(float(cell) > 0 for cell in cells[times]), printed
