@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +127,24 @@ def test_token_ids_out_of_range_name_the_component(make, batch):
     ids[0, 0] = 600
     with pytest.raises(EncoderError, match="text_encoder_2 on srt: Input 0: Token id 600"):
         make(torch.float32)(input_ids=ids, attention_mask=mask)
+
+
+def test_whatever_fails_on_the_rank_that_asks_is_told_to_the_others(make, batch, monkeypatch):
+    """Which wait for it, and would wait for ever."""
+    told = []
+    group = SimpleNamespace(world_size=2, rank_in_group=0)
+    group.broadcast_object = lambda said, src: told.append(said) or said
+    encoder = make(torch.float32)
+    monkeypatch.setattr(encoder, "_encoder_tp_group", group)
+
+    def full(_: torch.Tensor):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(encoder, "_empty", full)
+    ids, mask = batch
+    with pytest.raises(EncoderError, match="text_encoder_2 on srt: OutOfMemoryError: out of"):
+        encoder.forward(input_ids=ids, attention_mask=mask)
+    assert told == ["text_encoder_2 on srt: OutOfMemoryError: out of memory"]
 
 
 def test_it_has_no_weights_and_counts_as_a_native_encoder(make):

@@ -107,6 +107,7 @@ def test_options_of_native_weights_are_refused(flux: Path):
         {"text_encoder_cpu_offload": True},
         {"cpu_offload_components": ["text_encoder_2"]},
         {"layerwise_offload_components": ["text_encoder_2"]},
+        {"component_residency": {"text_encoder_2": "layerwise-offload"}},
     ],
 )
 def test_offloading_an_encoder_of_the_worker_is_refused(flux: Path, flag: dict):
@@ -114,6 +115,52 @@ def test_offloading_an_encoder_of_the_worker_is_refused(flux: Path, flag: dict):
         given(flux, srt_encoders="text_encoder_2=srt", **flag)
     for elsewhere in ("server", "http://10.0.0.7:30000", "native"):
         given(flux, srt_encoders=f"text_encoder_2={elsewhere}", **flag)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"dit_layerwise_offload": False},
+        {"layerwise_offload_components": ["text_encoder"]},
+        {"layerwise_offload_components": ["all"]},
+        {"component_residency": {"text_encoder_2": "layerwise-offload"}},
+        {"component_residency": {"all": "layerwise-offload"}},
+        {"text_encoder_cpu_offload": True},
+    ],
+)
+def test_a_worker_starts_though_an_encoder_has_no_layers_to_offload(
+    flux: Path, flag: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """What a worker does with all components once they are loaded, as where there is a GPU."""
+    from sglang.multimodal_gen.runtime.managers import gpu_worker
+    from sglang.multimodal_gen.runtime.managers.memory_managers import component_manager
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
+    from sglang.multimodal_gen.runtime.server_args import server_args as module
+    from sglang.multimodal_gen.runtime.srt_encoder.loader import SrtTextEncoderLoader
+
+    url = "http://10.0.0.7:30000"
+    made = ServerArgs.from_kwargs(
+        model_path=str(flux), srt_encoders=f"text_encoder_2={url}", **flag
+    )
+    if "dit_layerwise_offload" in flag:
+        # By default, where it is on.
+        made.layerwise_offload_components = ["text_encoder", "image_encoder", "vae"]
+    loader = SrtTextEncoderLoader()
+    loader.component_architecture = "T5EncoderModel"
+    encoder = loader.load_customized(str(flux / "text_encoder_2"), made, "text_encoder_2")
+    monkeypatch.setattr(module.current_platform, "is_cpu", lambda: False)
+    modules = {"text_encoder_2": encoder}
+    configured = gpu_worker.configure_layerwise_offload_modules(
+        modules,
+        made,
+        component_names=(
+            None if made.component_residency is not None else made.layerwise_offload_components
+        ),
+        warn_missing=True,
+    )
+    assert configured == []
+    strategy = component_manager.build_component_residency_strategy("text_encoder_2", encoder, made)
+    assert type(strategy).__name__ == "ResidentStrategy"
 
 
 def test_an_encoder_of_the_worker_that_is_said_to_stay(flux: Path):

@@ -81,6 +81,17 @@ def test_what_is_no_place_is_refused(option: Option, message: str):
         read(option)
 
 
+def test_nobody_is_shown_a_password():
+    place = "http://user:p@ss@10.0.0.7:30000,https://:key@encoders.example/t5"
+    (servers,) = (read(place).every,)
+    assert isinstance(servers, Servers) and "p@ss" in servers.urls[0]
+    assert str(servers) == "srt at http://10.0.0.7:30000, https://encoders.example/t5"
+    for said in (place, f"text_encoder={place}", f"{place},ftp://user:p@ss@10.0.0.7"):
+        with pytest.raises(ValueError, match="--srt-encoders") as raised:
+            read(said).check("mixed", {"text_encoder": "Gemma4UnifiedModel"})
+        assert "ss@" not in str(raised.value) and "key" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("option", "places"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks
 from sglang.multimodal_gen.runtime.srt_encoder import queued
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.early import Early
-from sglang.multimodal_gen.runtime.srt_encoder.encoder import InputRefused
+from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError, InputRefused
 from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
 from sglang.multimodal_gen.runtime.utils.perf_logger import StageProfiler
 from sglang.srt.encode_only.local_server import LocalServer
@@ -244,6 +245,22 @@ def test_what_has_other_weights_by_now_is_not_used(
     assert early.changed()
     early(inputs(5))
     assert relay.encodes == 3
+
+
+def test_a_prompt_that_ends_servers_meanwhile_is_given_to_two(t5_folder: Path) -> None:
+    """And to no more when its turn comes."""
+    relays = [Relay() for _ in range(5)]
+    urls = [relay.url for relay in relays]
+    checkpoint = Checkpoint.read(str(t5_folder))
+    early = Early(EncodeServers("text_encoder_2", urls, checkpoint, TIMEOUT))
+    with contextlib.ExitStack() as stack:
+        for relay in relays:
+            stack.enter_context(relay.saying(b""))
+        (key,) = early.begin(inputs(5))
+        assert early._calls[key]._future.exception(TIMEOUT) is not None
+        with pytest.raises(EncoderError, match="so no other gets it"):
+            early(inputs(5))
+        assert sum(relay.encodes for relay in relays) == 2
 
 
 def test_a_refused_input_fails_for_itself(early: Early) -> None:

@@ -10,35 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from configs import CONFIGS, config_classes
 from sglang.multimodal_gen.configs.models.encoders import T5Config
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError, SrtTextEncoder
-from sglang.multimodal_gen.runtime.srt_encoder.reads import _OWN_STAGE, READS, Reads, reads_of
+from sglang.multimodal_gen.runtime.srt_encoder.reads import _OWN_WAY, READS, Reads, reads_of
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from decoders import random_config, write_decoder
 
-CONFIGS = "sglang.multimodal_gen.configs.pipeline_configs"
 Make = Callable[..., tuple[SrtTextEncoder, list[list[EncodeInput]]]]
-
-
-def config_classes() -> dict[str, type]:
-    found = {}
-    for path in importlib.import_module(CONFIGS).__path__:
-        for file in Path(path).glob("*.py"):
-            for name, value in vars(importlib.import_module(f"{CONFIGS}.{file.stem}")).items():
-                if isinstance(value, type) and name.endswith("Config"):
-                    found[name] = value
-    return found
 
 
 def test_the_tables_name_what_sglang_has() -> None:
     for reader in READS:
         module, _, name = reader.partition(":")
         assert callable(getattr(importlib.import_module(f"{CONFIGS}.{module}"), name))
-    assert _OWN_STAGE.keys() <= config_classes().keys()
+    assert _OWN_WAY.keys() <= config_classes().keys()
 
 
 @pytest.mark.parametrize(
@@ -56,9 +46,9 @@ def test_a_pipeline_s_encoders(config: str, component: str, reads: Reads) -> Non
     assert reads_of(config_classes()[config](), component) == reads
 
 
-@pytest.mark.parametrize("name", [*_OWN_STAGE, "QwenImageLayeredPipelineConfig"])
+@pytest.mark.parametrize("name", [*_OWN_WAY, "QwenImageLayeredPipelineConfig"])
 def test_pipelines_with_a_stage_of_their_own_are_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} encodes its prompts in a stage of its own.*: "):
+    with pytest.raises(ValueError, match=f"{name} encodes its prompts in a way of its own.*: "):
         reads_of(config_classes()[name](), "text_encoder")
 
 

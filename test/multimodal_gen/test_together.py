@@ -11,6 +11,7 @@ import torch
 from families import FAMILIES
 from sglang.multimodal_gen.runtime.cache.conditioning import ConditioningCache
 from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks
+from sglang.multimodal_gen.runtime.srt_encoder import together
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError, SrtTextEncoder
 from sglang.multimodal_gen.runtime.srt_encoder.reads import reads_of
@@ -140,6 +141,27 @@ def test_what_the_cache_holds_is_not_asked_for(make) -> None:
         assert stage.calls() == [[1]] * 3
         stage.run("a fox", negative="blurry")
         assert stage.calls() == [[]] * 3
+
+
+def test_a_stage_that_changes_prompts_is_asked_for_what_it_makes_of_them(make) -> None:
+    """Not for the prompts as they came."""
+    from sglang.multimodal_gen.runtime.pipelines_core.stages import text_encoding
+
+    class Changing(text_encoding.TextEncodingStage):
+        deduplicated_output_fields = ()
+
+        def forward(self, batch, server_args):
+            batch.prompt = f"{batch.prompt}, at dawn"
+            return super().forward(batch, server_args)
+
+    made = make(True)
+    plain = make(True)
+    made.stage = Changing(made.stage.text_encoders, made.stage.tokenizers)
+    found = made.run("a fox", "two boats", negative="blurry")
+    assert made.calls() == [[2, 2]] * 3 and not together.elsewhere()
+    for one, prompt in zip(found, ("a fox, at dawn", "two boats, at dawn"), strict=True):
+        (alone,) = plain.run(prompt, negative="blurry")
+        torch.testing.assert_close(one.prompt_embeds, alone.prompt_embeds, rtol=1e-5, atol=5e-6)
 
 
 def test_a_prompt_that_is_refused_fails_alone(make) -> None:

@@ -104,6 +104,16 @@ def test_nobody_listens(kind, method):
 
 
 @both
+def test_a_password_is_shown_to_nobody(kind):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://somebody:open-sesame@127.0.0.1:{listener.getsockname()[1]}"
+    with pytest.raises(EncoderUnavailable) as caught:
+        call(kind, url, "info")
+    assert "127.0.0.1" in str(caught.value)
+    assert "somebody" not in str(caught.value) and "sesame" not in str(caught.value)
+
+
+@both
 @pytest.mark.parametrize(
     "url", ["http://no.such.host.invalid:1", "ftp://127.0.0.1", "127.0.0.1:80"]
 )

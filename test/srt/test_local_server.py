@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from sglang.srt.encode_only.client import EncoderClient, EncoderUnavailable
-from sglang.srt.encode_only.local_server import KeptServer
+from sglang.srt.encode_only.local_server import KeptServer, LocalServer
 
 PROGRAM = """
 import json, os, sys, time
@@ -121,10 +122,40 @@ def test_it_ends_with_its_keeper(host: Host) -> None:
 
 def test_what_does_not_start_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "t5"}')
-    server = KeptServer("t5", tmp_path, "--device", "cpu", "--skip-tokenizer-init")
+    key = "only-for-those-who-ask"
+    arguments = ("--device", "cpu", "--skip-tokenizer-init", "--api-key", key)
+    server = KeptServer("t5", tmp_path, *arguments)
     with pytest.raises(RuntimeError, match="The server of t5 does not start") as raised:
         server.wait_until_ready()
-    assert "NoSuchModel" in str(raised.value)
+    assert "NoSuchModel" in str(raised.value) and "--api-key ***" in str(raised.value)
     server.close()
     said = capfd.readouterr().err
     assert "[t5] " in said and "Fatal Python error" not in said
+    assert key not in said and key not in str(raised.value)
+
+
+def test_one_on_the_addresses_of_ipv6(t5_folder: Path) -> None:
+    if not has_ipv6():
+        pytest.skip("no IPv6 here")
+    with LocalServer(t5_folder, "--device", "cpu", host="::") as server:
+        assert server.url == f"http://[::1]:{server.port}"
+        with EncoderClient(server.url) as client:
+            assert client.encode("a red fox")[0].prompt_tokens > 0
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+def test_a_server_is_waited_for_as_long_as_it_runs() -> None:
+    """Or for as long as was said: one that hangs."""
+    patient = LocalServer("model", timeout=None)
+    hasty = LocalServer("model", timeout=0.0)
+    for server in (patient, hasty):
+        server.command = [sys.executable, "-c", "import time; time.sleep(1)"]
+    with pytest.raises(RuntimeError, match="ended with status 0 before"), patient:
+        pass
+    with pytest.raises(RuntimeError, match=r"not ready after 0\.0 s"), hasty:
+        pass

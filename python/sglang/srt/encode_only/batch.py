@@ -105,7 +105,6 @@ class ForwardBatch(StockForwardBatch):
             **fields,
         )
 
-
     def alone(self, index: int) -> ForwardBatch:
         """The batch of one of its requests."""
         lengths = self.extend_seq_lens_cpu
@@ -163,10 +162,9 @@ def forward_what_fits(original: Any, self: BaseTpWorker, batch: ScheduleBatch) -
 
 def _is_out_of_memory(error: Exception) -> bool:
     # torch has a type of its own for that of accelerators alone.
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
+    return isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def prepare(original: Any, self: ScheduleBatch) -> None:

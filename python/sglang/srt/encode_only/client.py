@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -70,7 +71,7 @@ class EncoderClient:
         timeout: float = 300.0,
         share_memory: bool = True,
     ):
-        self.base_url = base_url
+        self.base_url = shown(base_url)
         self._timeout = timeout
         self._requests = _Requests(base_url, api_key)
         self._routed = False
@@ -246,7 +247,7 @@ class AsyncEncoderClient:
         timeout: float = 300.0,
         share_memory: bool = True,
     ):
-        self.base_url = base_url
+        self.base_url = shown(base_url)
         self._client = EncoderClient(
             base_url, api_key=api_key, timeout=timeout, share_memory=share_memory
         )
@@ -369,6 +370,11 @@ def _in_order(groups: list[Group], answers: list[list[EncodeOutput]]) -> list[En
         for place, output in zip(places, outputs, strict=True)
     }
     return [by_place[i] for i in range(len(by_place))]
+
+
+def shown(text: str) -> str:
+    """The text for others to see: without the names and passwords in its URLs."""
+    return re.sub(r"(?<=//)[^/\s,]*@", "", text)
 
 
 def _is_here(base_url: str) -> bool:

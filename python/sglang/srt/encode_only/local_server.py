@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import http.client
+import itertools
 import json
 import os
 import shutil
@@ -36,6 +37,9 @@ SHARED_MEMORY = Path("/dev/shm")
 LINES = 40
 """How much of a server's output an error quotes."""
 
+SECRETS = ("--api-key", "--admin-api-key")
+"""Flags whose values are shown to nobody."""
+
 
 class LocalServer:
     """`with LocalServer(model_path) as server:` serves a model on a free loopback port.
@@ -49,7 +53,7 @@ class LocalServer:
         log_path: where its output goes; a temporary file by default.
         on_line: takes each line of its output, in place of a file.
         preexec: called in the server's process before its program begins.
-        timeout: seconds to wait for it to be ready.
+        timeout: seconds to wait for it to be ready; None for as long as it runs.
         encoder: whether it serves an encoder (`--is-embedding-encoder`).
         environment: variables to set for it, over those of this process.
 
@@ -67,15 +71,16 @@ class LocalServer:
         log_path: str | os.PathLike[str] | None = None,
         on_line: Callable[[str], None] | None = None,
         preexec: Callable[[], None] | None = None,
-        timeout: float = 300.0,
+        timeout: float | None = 300.0,
         encoder: bool = True,
         environment: dict[str, str] | None = None,
     ):
         self.timeout = timeout
         self.port = port or free_port()
         # Where it listens on every address, this machine finds it on loopback.
-        self._reached_at = LOOPBACK if host in ("0.0.0.0", "::", "") else host
-        self.url = f"http://{self._reached_at}:{self.port}"
+        self._reached_at = {"0.0.0.0": LOOPBACK, "": LOOPBACK, "::": "::1"}.get(host, host)
+        at = f"[{self._reached_at}]" if ":" in self._reached_at else self._reached_at
+        self.url = f"http://{at}:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         # srt leaves the names of its sockets in the temporary folder.
         self._folder = Path(tempfile.mkdtemp(prefix="sglang-server-"))
@@ -93,6 +98,9 @@ class LocalServer:
         if encoder:
             self.command += ["--is-embedding-encoder"]
         self.command += ["--host", host, "--port", str(self.port), *arguments]
+        self._secrets = [
+            value for flag, value in itertools.pairwise(self.command) if flag in SECRETS and value
+        ]
 
     def __enter__(self) -> LocalServer:
         try:
@@ -142,26 +150,31 @@ class LocalServer:
                 target=self._read, args=(self.process.stdout,), daemon=True
             )
             self._reader.start()
-        deadline = time.monotonic() + self.timeout
+        began_to_wait = time.monotonic()
         while not self._is_ready():
             if self.process.poll() is not None:
-                raise RuntimeError(
-                    f"The server ended with status {self.process.returncode} before it was "
-                    f"ready. {' '.join(self.command)}\n{self.log_tail()}"
+                raise self._error(
+                    f"The server ended with status {self.process.returncode} before it was ready."
                 )
-            if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"The server was not ready after {self.timeout} s. "
-                    f"{' '.join(self.command)}\n{self.log_tail()}"
-                )
+            if self.timeout is not None and time.monotonic() > began_to_wait + self.timeout:
+                raise self._error(f"The server was not ready after {self.timeout} s.")
             time.sleep(0.2)
         self._shared = _shared_memory(_session(self.process.pid), began)
+
+    def _error(self, what: str) -> RuntimeError:
+        return RuntimeError(self._shown(f"{what} {' '.join(self.command)}\n{self.log_tail()}"))
+
+    def _shown(self, text: str) -> str:
+        """The text without secrets; sglang itself writes its arguments to its log."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
     def _read(self, output: IO[bytes]) -> None:
         assert self._on_line is not None
         with output:
             for line in output:
-                text = line.decode(errors="replace").rstrip()
+                text = self._shown(line.decode(errors="replace").rstrip())
                 self._last_lines.append(text)
                 self._on_line(text)
 
@@ -237,11 +250,12 @@ class KeptServer:
 
     One that ends is started again, at first after a second, then twice as late each time, but
     never after more than MAX_DELAY. Its output goes to this process's standard error, each line
-    after its label. It is stopped with this process in whichever way that ends.
+    after its label. It is stopped with this process in whichever way that ends. How long it may
+    take to be ready depends on its weights, so that it is waited for as long as it runs.
 
     Args:
         label: marks its lines.
-        model_path, arguments, tokenizer_path, host, port, timeout: as for LocalServer.
+        model_path, arguments, tokenizer_path, host, port: as for LocalServer.
     """
 
     MAX_DELAY = 30.0
@@ -255,7 +269,6 @@ class KeptServer:
         tokenizer_path: str | os.PathLike[str] | None = None,
         host: str = LOOPBACK,
         port: int | None = None,
-        timeout: float = 300.0,
     ):
         self.label = label
         self.port = port or free_port()
@@ -265,7 +278,7 @@ class KeptServer:
             "tokenizer_path": tokenizer_path and os.fspath(tokenizer_path),
             "host": host,
             "port": self.port,
-            "timeout": timeout,
+            "timeout": None,
         }
         # Its standard input ends when this process does.
         self._keeper = subprocess.Popen(
@@ -281,7 +294,7 @@ class KeptServer:
         """Its URL, once it answers.
 
         Raises:
-            RuntimeError: it ended or was not ready in time; with the end of its output.
+            RuntimeError: it ended before; with the end of its output.
         """
         assert self._keeper.stdout is not None
         said = self._keeper.stdout.readline()

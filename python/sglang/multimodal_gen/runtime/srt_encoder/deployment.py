@@ -34,12 +34,17 @@ from sglang.multimodal_gen.runtime.srt_encoder.placement import (
     Servers,
     as_option,
 )
-from sglang.multimodal_gen.runtime.srt_encoder.reads import index_of
+from sglang.multimodal_gen.runtime.srt_encoder.reads import index_of, reads_of
 from sglang.multimodal_gen.runtime.srt_encoder.servers import API_KEY
-from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import maybe_download_model
+from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import (
+    maybe_download_model,
+    prepare_diffusers_component_path_for_loading,
+)
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
-from sglang.srt.encode_only.local_server import KeptServer
+from sglang.srt.encode_only.client import shown
+from sglang.srt.encode_only.local_server import LOOPBACK, KeptServer
+from transformers import AutoProcessor
 
 if TYPE_CHECKING:
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
@@ -66,11 +71,13 @@ class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | None
     dtype: torch.dtype
 
-    def start(self, host: str, port: int | None) -> KeptServer:
-        """Begins to start a server for it."""
+    def start(self, host: str, port: int | None, gpu: int) -> KeptServer:
+        """Begins to start a server for it, where there are GPUs on the one of this number."""
         arguments = ["--dtype", str(self.dtype).removeprefix("torch.")]
         if current_platform.is_cpu():
             arguments += ["--device", "cpu"]
+        else:
+            arguments += ["--base-gpu-id", str(gpu)]
         if self.tokenizer is None:
             arguments += ["--skip-tokenizer-init"]
         if key := os.environ.get(API_KEY):
@@ -98,15 +105,37 @@ class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def launch(original: Callable[..., Any], server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `launch_server` and those of roles: the encoders' servers come first, and go last."""
+    """AROUND `launch_server` and that of a role: the encoders' servers come first, and go last."""
+    return _launch(original, server_args, server_args.base_gpu_id, *args, **kwargs)
+
+
+def launch_pool(
+    original: Callable[..., Any],
+    server_args: ServerArgs,
+    encoder_gpus: list[list[int]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """AROUND `launch_pool_disagg_server`, whose encoder roles have GPUs of their own."""
+    return _launch(original, server_args, encoder_gpus[0][0], encoder_gpus, *args, **kwargs)
+
+
+def _launch(
+    original: Callable[..., Any], server_args: ServerArgs, gpu: int, *args: Any, **kwargs: Any
+) -> Any:
+    """
+    Args:
+        gpu: where the encoders' servers are, if anywhere.
+    """
     role = server_args.disagg_role
     if option.given_in(server_args.pipeline_config) is None or not (
         role == RoleType.MONOLITHIC or role.is_input_encoder
     ):
         return original(server_args, *args, **kwargs)
     encoders = text_encoders(server_args)
+    refuse_pads_that_come_first(server_args, encoders)
     with contextlib.ExitStack() as stack:
-        encoders = stack.enter_context(_servers(encoders, server_args.host or "127.0.0.1"))
+        encoders = stack.enter_context(_servers(encoders, server_args.host or LOOPBACK, gpu))
         logger.info("Text encoders:\n%s", table(encoders))
         processes = original(_placed(server_args, encoders), *args, **kwargs)
         if any(process.is_alive() for process in processes or ()):
@@ -125,13 +154,18 @@ def text_encoders(server_args: ServerArgs) -> list[TextEncoder]:
     )
     root = os.path.join(root, server_args.model_subfolder or "")
 
-    def folder_of(component: str) -> str:
+    def folder_of(component: str, on_srt: bool) -> str:
         given = server_args.component_paths.get(component)
-        return maybe_download_model(given) if given else os.path.join(root, component)
+        if given is None:
+            return os.path.join(root, component)
+        # What a native one may be given besides folders is its loader's to find.
+        return prepare_diffusers_component_path_for_loading(given) if on_srt else given
 
     encoders = []
     for component, architecture in classes.items():
-        tokenizer = folder_of(component.replace("text_encoder", "tokenizer"))
+        placement = option.placement_of(server_args, component, architecture)
+        on_srt = placement != Native()
+        tokenizer = folder_of(component.replace("text_encoder", "tokenizer"), on_srt)
         precision = server_args.component_precisions.get(component)
         if precision is None:
             precisions = server_args.pipeline_config.text_encoder_precisions
@@ -140,13 +174,36 @@ def text_encoders(server_args: ServerArgs) -> list[TextEncoder]:
             TextEncoder(
                 component=component,
                 architecture=architecture,
-                placement=option.placement_of(server_args, component, architecture),
-                folder=folder_of(component),
+                placement=placement,
+                folder=folder_of(component, on_srt),
                 tokenizer=tokenizer if os.path.isdir(tokenizer) else None,
                 dtype=PRECISION_TO_TYPE[precision],
             )
         )
     return encoders
+
+
+def refuse_pads_that_come_first(server_args: ServerArgs, encoders: list[TextEncoder]) -> None:
+    """Raises ValueError where a tokenizer pads on the left and the pipeline reads the pads.
+
+    The native encoder lets such a pad attend to every token of the prompt, and to the other pads.
+    """
+    classes = option.component_classes(server_args)
+    for one in encoders:
+        if one.placement == Native() or one.tokenizer is None:
+            continue
+        reads = reads_of(server_args.pipeline_config, one.component)
+        name = one.component.replace("text_encoder", "tokenizer")
+        # The runtime has every other class pad on the right.
+        if not reads.pads or not classes.get(name, "").endswith("Processor"):
+            continue
+        processor = AutoProcessor.from_pretrained(one.tokenizer)
+        if getattr(processor, "tokenizer", processor).padding_side == "left":
+            raise ValueError(
+                f"{FLAG} {one.component}={shown(as_option(one.placement))}: its tokenizer "
+                f"({one.tokenizer}) pads on the left, and this pipeline reads the pads, which srt "
+                f"cannot encode. Leave {one.component} native."
+            )
 
 
 def table(encoders: list[TextEncoder]) -> str:
@@ -173,7 +230,7 @@ def table(encoders: list[TextEncoder]) -> str:
 
 
 @contextlib.contextmanager
-def _servers(encoders: list[TextEncoder], host: str) -> Iterator[list[TextEncoder]]:
+def _servers(encoders: list[TextEncoder], host: str, gpu: int) -> Iterator[list[TextEncoder]]:
     """Those of the placement `server` on servers that are up; all are started at once.
 
     Raises:
@@ -191,7 +248,7 @@ def _servers(encoders: list[TextEncoder], host: str) -> Iterator[list[TextEncode
         started: dict[str, KeptServer] = {}
         for one, placement in beside.items():
             logger.info("Starting a server for %s (%s).", one.component, one.architecture)
-            started[one.component] = server = one.start(host, placement.port)
+            started[one.component] = server = one.start(host, placement.port, gpu)
             stack.callback(server.close)
         # All at once: each waits for seconds before it ends.
         stack.callback(lambda: [server.stop() for server in started.values()])
@@ -205,7 +262,8 @@ def _servers(encoders: list[TextEncoder], host: str) -> Iterator[list[TextEncode
 
 
 def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

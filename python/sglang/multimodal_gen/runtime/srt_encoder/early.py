@@ -12,9 +12,14 @@ from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
 
 
 class _Call:
-    """Inputs that are being encoded, in a thread that ends with the process."""
+    """Inputs that are being encoded, in a thread that ends with the process.
+
+    Attributes:
+        lost: what is said of servers that ended while they had the inputs.
+    """
 
     def __init__(self, servers: EncodeServers, inputs: list[EncodeInput]):
+        self.lost: list[str] = []
         self._servers = servers
         self._updates = servers.updates
         self._future: Future[dict[Key, EncodeOutput]] = Future()
@@ -22,7 +27,7 @@ class _Call:
 
     def _run(self, inputs: list[EncodeInput]) -> None:
         try:
-            outputs = self._servers(inputs)
+            outputs = self._servers(inputs, self.lost)
             self._future.set_result(dict(zip(map(key_of, inputs), outputs, strict=True)))
         except Exception as error:
             self._future.set_exception(error)
@@ -75,10 +80,15 @@ class Early:
         with self._lock:
             calls = {key: self._calls.pop(key) for key in {*keys} & {*self._calls}}
         outputs: dict[Key, EncodeOutput] = {}
+        failed: set[_Call] = set()
         for key, call in calls.items():
             if (output := call.output(key)) is not None:
                 outputs[key] = output
+            else:
+                failed.add(call)
         rest = {key: one for key, one in zip(keys, inputs, strict=True) if key not in outputs}
         if rest:
-            outputs.update(zip(rest, self._servers([*rest.values()]), strict=True))
+            # A prompt that ended servers while it waited is not given to as many again.
+            lost = max((call.lost for call in failed), key=len, default=[])
+            outputs.update(zip(rest, self._servers([*rest.values()], [*lost]), strict=True))
         return [outputs[key] for key in keys]

@@ -287,16 +287,24 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
         group = self._encoder_tp_group
         if group is None:
             return self._encoded(input_ids, spans)
-        states, pooled = self._empty(input_ids)
         failure: str | None = None
+        cause: Exception | None = None
+        states: dict[int, torch.Tensor] = {}
+        pooled: torch.Tensor | None = None
         if group.rank_in_group == 0:
             try:
                 states, pooled = self._encoded(input_ids, spans)
             except EncoderError as error:
                 failure = str(error)
+            except Exception as error:
+                # Whatever it is, the others wait for an answer.
+                failure = f"{self.component} on srt: {type(error).__name__}: {error}"
+                cause = error
+        else:
+            states, pooled = self._empty(input_ids)
         failure = group.broadcast_object(failure, src=0)
         if failure is not None:
-            raise EncoderError(failure)
+            raise EncoderError(failure) from cause
         states = {layer: group.broadcast(state, src=0) for layer, state in states.items()}
         return states, None if pooled is None else group.broadcast(pooled, src=0)
 

@@ -71,6 +71,8 @@ class SrtTextEncoderLoader(TextEncoderLoader):
         config.post_diffusers_config_update()
         # Folding would split weights between ranks.
         config.parallel_folding_mode = None
+        # There is nothing to move between host and device, whatever is asked for native ones.
+        server_args._required_resident_components.add(component)
         precision = self.component_load_precision(server_args, component)
         assert precision is not None, "A text encoder without precision. This is a bug."
         dtype = PRECISION_TO_TYPE[precision]

@@ -112,7 +112,13 @@ def check(_result: object, server_args: ServerArgs) -> None:
 
 
 def text_encoder_classes(server_args: ServerArgs) -> dict[str, str]:
-    """The class of each text encoder of the pipeline, from its `model_index.json`."""
+    """The class of each text encoder of the pipeline."""
+    classes = component_classes(server_args)
+    return {c: a for c, a in classes.items() if re.fullmatch(r"text_encoder(_\d+)?", c)}
+
+
+def component_classes(server_args: ServerArgs) -> dict[str, str]:
+    """The class of each component of the pipeline, from its `model_index.json`."""
     from sglang.multimodal_gen.configs.pipeline_configs.diffusers_generic import (
         DiffusersGenericPipelineConfig,
     )
@@ -129,7 +135,7 @@ def text_encoder_classes(server_args: ServerArgs) -> dict[str, str]:
     return {
         name: entry[1]
         for name, entry in index.items()
-        if re.fullmatch(r"text_encoder(_\d+)?", name) and entry and entry[1]
+        if isinstance(entry, list | tuple) and len(entry) > 1 and entry[1]
     }
 
 
@@ -153,7 +159,8 @@ def _refuse_offload(server_args: ServerArgs, component: str) -> None:
     if mode not in (None, RESIDENT):
         raise ValueError(
             f"{FLAG} places {component} in the diffusion worker, where srt keeps its weights on "
-            f"the device, but {mode} is asked for it (--text-encoder-cpu-offload, "
-            "--cpu-offload-components or --layerwise-offload-components). Leave that out for it, "
-            f"or give {component}=server or {component}=native."
+            f"the device, but {mode} is asked for it (--component-residency, "
+            "--text-encoder-cpu-offload, --cpu-offload-components or "
+            "--layerwise-offload-components). Leave that out for it, or give "
+            f"{component}=server or {component}=native."
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import urlsplit
 
 import msgspec
+from sglang.srt.encode_only.client import shown
 from sglang.srt.encode_only.encoders import ENCODERS, find_encoder
 
 FLAG = "--srt-encoders"
@@ -63,7 +64,7 @@ class Servers(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         where = "srt on a server of its own, " if self.local else "srt at "
-        return where + ", ".join(self.urls)
+        return where + ", ".join(map(shown, self.urls))
 
 
 Placement = Native | InWorker | Beside | Servers
@@ -108,14 +109,15 @@ class Placements(msgspec.Struct, frozen=True):
                 )
             if placement != Native() and not _is_served(encoders[component]):
                 raise ValueError(
-                    f"{FLAG} {component}={as_option(placement)}: srt does not serve "
+                    f"{FLAG} {component}={shown(as_option(placement))}: srt does not serve "
                     f"{encoders[component]}. It serves {_listed(ENCODERS)}. Leave {component} out."
                 )
         served = [c for c, a in encoders.items() if _is_served(a)]
         here = [c for c in served if c not in self.named]
+        every = shown(as_option(self.every))
         if isinstance(self.every, Servers) and len(here) > 1:
             raise ValueError(
-                f"{FLAG} {as_option(self.every)} is for {_listed(here)} of {model}, but a server "
+                f"{FLAG} {every} is for {_listed(here)} of {model}, but a server "
                 f"has one encoder. Give each its own: {here[0]}=http://…."
             )
         ports = [p.port for p in self.named.values() if isinstance(p, Beside) and p.port]
@@ -126,7 +128,7 @@ class Placements(msgspec.Struct, frozen=True):
         if self.every not in (None, Native()) and not served:
             classes = _listed(f"{c} ({a})" for c, a in encoders.items())
             raise ValueError(
-                f"{FLAG} {as_option(self.every)}: srt serves none of the text encoders of {model}: "
+                f"{FLAG} {every}: srt serves none of the text encoders of {model}: "
                 f"{classes}. It serves {_listed(ENCODERS)}. Leave {FLAG} out."
             )
 
@@ -186,12 +188,13 @@ def _place(component: str | None, value: str) -> Placement:
 
 def _url(component: str | None, text: str) -> str:
     where = FLAG if component is None else f"{FLAG} {component}="
+    said = shown(text)
     parts = urlsplit(text)
     if parts.scheme in ("http", "https") and parts.hostname:
         return text.rstrip("/")
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?|\[[\da-fA-F:]+\]:\d+(/.*)?", text):
-        raise ValueError(f"{where}: {text!r} is a URL without its scheme; write http://{text}.")
-    raise ValueError(f"{where}: {text!r} is no place for a text encoder; give {VALUES}.")
+        raise ValueError(f"{where}: {said!r} is a URL without its scheme; write http://{said}.")
+    raise ValueError(f"{where}: {said!r} is no place for a text encoder; give {VALUES}.")
 
 
 def _is_served(architecture: str | None) -> bool:

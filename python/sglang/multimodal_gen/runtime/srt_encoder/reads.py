@@ -54,7 +54,6 @@ READS: dict[str, Reads] = {
     "hunyuan:llama_postprocess_text": Reads(hidden_states=(-3,), masked=False),
     "kandinsky6:kandinsky6_clip_postprocess_text": _POOLED,
     "kandinsky6:kandinsky6_qwen_postprocess_text": Reads(hidden_states=(-1,)),
-    "longcat_image:longcat_postprocess_text": Reads(hidden_states=(-1,), pads=True),
     "ltx_2:_gemma_postprocess_func": Reads(hidden_states=None),
     "nomas:nomas_postprocess_text": Reads(hidden_states=(-3,), pads=True),
     "qwen_image:qwen_image_postprocess_text": Reads(hidden_states=(-1,)),
@@ -71,7 +70,7 @@ READS: dict[str, Reads] = {
 
 
 _PIXELS = "its prompts hold the pixels of pictures"
-_OWN_STAGE = {
+_OWN_WAY = {
     "Flux3ImagePipelineConfig": "eight layers of Qwen3-VL-4B, pads kept",
     "GlmImagePipelineConfig": "a T5 for glyphs, and a model that generates",
     "Hunyuan3D2PipelineConfig": "CLIP, for a part of the pipeline that is not a TextEncodingStage",
@@ -80,13 +79,14 @@ _OWN_STAGE = {
     "Krea2PipelineConfig": "twelve layers of Qwen3-VL",
     "LingBotVideoMoEPipelineConfig": _PIXELS,
     "LongCatImageEditPipelineConfig": _PIXELS,
+    "LongCatImagePipelineConfig": "its encoder also rewrites them, and padding is in their midst",
     "MOSSImagePipelineConfig": "Qwen3.5",
     "MingImagePipelineConfig": "a mixture of experts of its own",
     "MiniMaxH3PipelineConfig": "Qwen3-VL, called by a method of its own",
     "QwenImage21PipelineConfig": "Qwen3-VL's states before the final norm, padded on the left",
     "QwenImageEditPipelineConfig": _PIXELS,
 }
-"""Pipelines with an encoding stage of their own, and what it asks for, by config class."""
+"""Pipelines that do not encode as `TextEncodingStage` does, and what they need, by config class."""
 
 
 def reads_of(config: PipelineConfig, component: str) -> Reads:
@@ -96,10 +96,10 @@ def reads_of(config: PipelineConfig, component: str) -> Reads:
         ValueError: srt cannot encode for this pipeline; says why.
     """
     for kind in type(config).__mro__:
-        if kind.__name__ in _OWN_STAGE:
+        if kind.__name__ in _OWN_WAY:
             raise ValueError(
-                f"{type(config).__name__} encodes its prompts in a stage of its own, which srt "
-                f"cannot do yet: {_OWN_STAGE[kind.__name__]}. Leave {component} native."
+                f"{type(config).__name__} encodes its prompts in a way of its own, which srt "
+                f"cannot do yet: {_OWN_WAY[kind.__name__]}. Leave {component} native."
             )
     functions: tuple[Callable[..., Any] | None, ...] = config.postprocess_text_funcs
     index = index_of(component)

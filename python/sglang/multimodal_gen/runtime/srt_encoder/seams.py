@@ -64,17 +64,18 @@ DIFFUSION: tuple[Seam, ...] = (
         Seam(
             target=f"sglang.multimodal_gen.runtime.launch_server:{function}",
             kind="around",
-            hook="sglang.multimodal_gen.runtime.srt_encoder.deployment:launch",
+            hook=f"sglang.multimodal_gen.runtime.srt_encoder.deployment:{hook}",
             parameters=parameters,
             process="diffusion",
             reason="Servers of the placement `server` start before the workers and end after them.",
             upstream="the block in launch_server",
         )
-        for function, parameters in (
-            ("launch_server", ("server_args", "launch_http_server")),
-            ("launch_disagg_role", ("server_args",)),
+        for function, hook, parameters in (
+            ("launch_server", "launch", ("server_args", "launch_http_server")),
+            ("launch_disagg_role", "launch", ("server_args",)),
             (
                 "launch_pool_disagg_server",
+                "launch_pool",
                 (
                     "server_args",
                     "encoder_gpus",
@@ -153,6 +154,22 @@ DIFFUSION: tuple[Seam, ...] = (
         process="diffusion",
         reason="Prompts that wait are encoded meanwhile, where the encoder is on a server.",
         upstream="a callback of the scheduler at the end of a denoising step",
+    ),
+    Seam(
+        target="sglang.multimodal_gen.runtime.managers.gpu_worker"
+        ":configure_layerwise_offload_modules",
+        kind="around",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.weights:not_layerwise",
+        parameters=(
+            "modules",
+            "server_args",
+            "component_names",
+            "warn_missing",
+            "pin_budget",
+        ),
+        process="diffusion",
+        reason="An encoder on srt has no layers to offload, over which a start would end.",
+        upstream="leave out modules without weights, there",
     ),
     Seam(
         target="sglang.multimodal_gen.runtime.post_training.weights_updater"

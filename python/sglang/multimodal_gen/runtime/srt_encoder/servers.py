@@ -112,8 +112,14 @@ class EncodeServers:
             changed, self._changed = self._changed, False
         return changed
 
-    def __call__(self, inputs: list[EncodeInput]) -> list[EncodeOutput]:
+    def __call__(
+        self, inputs: list[EncodeInput], lost: list[str] | None = None
+    ) -> list[EncodeOutput]:
         """An output an input.
+
+        Args:
+            lost: what is said of servers that had these inputs before and ended, to which those
+                that end now are added.
 
         Raises:
             EncoderError: no server answers, or one refuses, or one serves another model; or
@@ -121,7 +127,8 @@ class EncodeServers:
         """
         deadline = time.monotonic() + self._patience
         timeout = self._timeout
-        lost: list[str] = []
+        lost = [] if lost is None else lost
+        self._check_lost(lost)
         while True:
             outputs, down = self._ask_each(inputs, timeout, lost)
             if outputs is not None:
@@ -154,9 +161,7 @@ class EncodeServers:
                 down.append(str(error))
                 if error.lost:
                     lost.append(str(error))
-                if len(lost) == MOST_LOST:
-                    said = "These servers ended while they had the prompt, so no other gets it."
-                    raise self._error(f"{said} {' '.join(lost)}") from error
+                self._check_lost(lost)
             except RequestError as error:
                 if error.status != 429:
                     # Perhaps because of what it serves.
@@ -219,6 +224,11 @@ class EncodeServers:
         mismatch = self.expected.mismatch(found)
         if mismatch is not None:
             raise self._error(f"The encoder at {client.base_url} serves another model: {mismatch}.")
+
+    def _check_lost(self, lost: list[str]) -> None:
+        if len(lost) >= MOST_LOST:
+            said = "These servers ended while they had the prompt, so no other gets it."
+            raise self._error(f"{said} {' '.join(lost)}")
 
     def _check_widths(self, client: EncoderClient, outputs: list[EncodeOutput]) -> None:
         """Raises EncoderUnavailable where rows are not as wide as the pipeline's.

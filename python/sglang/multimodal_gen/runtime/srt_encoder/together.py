@@ -86,6 +86,9 @@ def group(
     server_args: ServerArgs,
 ) -> list[Any]:
     """AROUND `TextEncodingStage.run_grouped_requests`: those of all requests of a batch."""
+    if not _is_plain(self):
+        # One by one: only then is it known what it makes of a prompt.
+        return original(self, batches, server_args)
     with _together(self, batches, server_args):
         return original(self, batches, server_args)
 
@@ -114,6 +117,13 @@ def _together(
         _asked.reset(token)
 
 
+def _is_plain(stage: TextEncodingStage) -> bool:
+    """Whether it encodes the prompts of its requests as they are."""
+    from sglang.multimodal_gen.runtime.pipelines_core.stages import text_encoding
+
+    return type(stage).forward is text_encoding.TextEncodingStage.forward
+
+
 def _encoders(stage: TextEncodingStage) -> dict[int, SrtTextEncoder]:
     """Those on srt, by their places in the stage."""
     return {i: e for i, e in enumerate(stage.text_encoders) if isinstance(e, SrtTextEncoder)}
@@ -121,7 +131,7 @@ def _encoders(stage: TextEncodingStage) -> dict[int, SrtTextEncoder]:
 
 def elsewhere() -> dict[int, Early]:
     """Those of the stage that encoded last that are on servers, and are asked by this rank."""
-    encoders = _encoders(_last.stage) if _last is not None else {}
+    encoders = _encoders(_last.stage) if _last is not None and _is_plain(_last.stage) else {}
     return {i: e.encode for i, e in encoders.items() if isinstance(e.encode, Early)}
 
 

@@ -1,9 +1,10 @@
 """What a diffusion server does with the weights of its components, which it has not of an encoder
-on srt: it is refused, where stock would report success."""
+on srt: what was asked for is refused, where stock would report success; what is done to all
+components leaves it out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
     from sglang.multimodal_gen.runtime.managers.memory_managers import (
         memory_occupation_controller as occupation,
     )
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
+
+
+def not_layerwise(
+    original: Callable[..., list[str]],
+    modules: Mapping[str, object],
+    server_args: ServerArgs,
+    *args: Any,
+    **kwargs: Any,
+) -> list[str]:
+    """AROUND `gpu_worker.configure_layerwise_offload_modules`, which ends a start over a component
+    that was selected and has no layers."""
+    others = {name: m for name, m in modules.items() if not isinstance(m, SrtTextEncoder)}
+    return original(others, server_args, *args, **kwargs)
 
 
 def refuse_updates(
