@@ -1,16 +1,21 @@
 """Times how long programs take from their command until they serve, or until a picture is there.
 
     PYTHONPATH=examples python -m benchmark.startup
+    PYTHONPATH=examples python -m benchmark.startup --cold t5-xxl
 
 Beside each program as it starts now is one whose processes import what they need anew, as
 upstream's do. An encode-only server has a tiny T5, the diffusion runtime a tiny FLUX.1 with its
 encoders in the worker, so that none waits for weights.
+
+With `--cold` there are weights, of a real shape, that are on disk alone: beside a server that has
+them read while it imports is one that does not, and one whose weights are in memory already.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import subprocess
 import sys
@@ -22,11 +27,13 @@ from typing import NamedTuple
 
 import httpx
 import psutil
+import torch
 from sglang.srt.encode_only.local_server import LocalServer, free_port
 from tqdm import tqdm
 
 import tiny_pipelines
 from benchmark.machine import cpu_name
+from benchmark.shapes import SHAPES, place, write
 
 SGLANG = [str(Path(sys.executable).with_name("sglang"))]
 # Not the programs that they are, as far as `encode_only/launch.py` can tell.
@@ -100,6 +107,57 @@ def generate(pipeline: Path, anew: bool) -> Started:
     return Started(time.perf_counter() - began)
 
 
+LATE = """
+import runpy
+from sglang.srt.encode_only import read_ahead
+read_ahead.start = lambda folder: None
+runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+"""
+
+
+def evict(folder: Path) -> None:
+    """Has the system forget a folder's files, so that they are read from disk."""
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def server_of(folder: Path, *, cold: bool, ahead: bool) -> Started:
+    server = LocalServer(folder, "--skip-tokenizer-init", "--device", "cpu")
+    if not ahead:
+        server.command[1:3] = ["-c", LATE]
+    if cold:
+        evict(folder)
+    began = time.perf_counter()
+    with server:
+        assert server.process is not None
+        return Started.since(began, server.process.pid)
+
+
+WEIGHTS = {
+    "on disk, read while it imports": {"cold": True, "ahead": True},
+    "on disk, read when they are loaded": {"cold": True, "ahead": False},
+    "in memory": {"cold": False, "ahead": True},
+}
+
+
+def time_cold(name: str, dtype: str, folder: Path, rounds: int) -> None:
+    shape, torch_dtype = SHAPES[name], getattr(torch, dtype)
+    checkpoint = place(shape, folder, torch_dtype)
+    write(shape, checkpoint, torch_dtype)
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    found: dict[str, list[float]] = {way: [] for way in WEIGHTS}
+    for _ in range(rounds):
+        for way, how in tqdm(WEIGHTS.items()):
+            found[way].append(server_of(checkpoint, **how).seconds)
+    print(f"\n{cpu_name()}, {psutil.cpu_count()} cores; {shape.label}, {size / 1e9:.1f} GB\n")
+    print("| weights | median, s | min–max |")
+    print("|---|---|---|")
+    for way, times in found.items():
+        print(f"| {way} | {statistics.median(times):.1f} | {min(times):.1f}–{max(times):.1f} |")
+
+
 PROGRAMS = {
     "sglang.launch_server --is-embedding-encoder": encode_server,
     "sglang serve": serve,
@@ -110,7 +168,13 @@ PROGRAMS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cold", choices=SHAPES, help="a shape, for weights that are on disk")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     args = parser.parse_args()
+    if args.cold:
+        with tempfile.TemporaryDirectory() as scratch:
+            time_cold(args.cold, args.dtype, Path(scratch), args.rounds)
+        return
 
     runs = [(program, anew) for program in PROGRAMS for anew in (True, False)]
     found: dict[tuple[str, bool], list[Started]] = {run: [] for run in runs}

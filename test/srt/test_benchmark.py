@@ -585,6 +585,21 @@ def test_starts_are_timed(main, monkeypatch):
     assert started == [(True, True), (True, False)] * 4
 
 
+def test_starts_from_disk_are_timed(main, monkeypatch):
+    started = []
+
+    def start(folder: Path, *, cold: bool, ahead: bool) -> startup.Started:
+        started.append((len(list(folder.glob("*.safetensors"))), cold, ahead))
+        return startup.Started(2.0)
+
+    small = shapes.SHAPES["t5-base"].with_layers(1)
+    monkeypatch.setattr(startup, "SHAPES", {"t5-base": small})
+    monkeypatch.setattr(startup, "server_of", start)
+    _, *table = rows(main(startup, "--cold", "t5-base", "--rounds", "2"))
+    assert [cells[1:] for cells in table] == [["2.0", "2.0–2.0"]] * 3
+    assert started == [(1, True, True), (1, True, False), (1, False, True)] * 2
+
+
 def test_other_encoders_are_timed(main, monkeypatch):
     class Pool:
         def __init__(self, processes: int, start: Callable, words: tuple[str, str]):
