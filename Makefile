@@ -36,7 +36,7 @@ $(VENV)/environment: python/pyproject.toml python/constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@# uv takes a fraction of pip's time; where it cannot be had, pip does as well.
 	@$(BIN)/pip install -q -c python/constraints.txt uv && \
-		$(BIN)/uv pip install -q --python $(BIN)/python $(LOCKED) || \
+		$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python $(LOCKED) || \
 		$(BIN)/pip install -q $(LOCKED)
 	@rm -f $(VENV)/editable
 	@touch $@

@@ -24,7 +24,7 @@ from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
 from transformers import BertConfig
 
 from checkpoints import random_config, random_inputs, write_t5
-from device import HostEncoder
+from device import DEVICE, HostEncoder
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +187,22 @@ def test_kernels_are_compiled_before_the_first_prompt(
     encoder = HostEncoder(llama_folder)
     assert len(passes) == 1 and passes[0] % 16
     encoder.close()
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the host waits for a GPU alone")
+@pytest.mark.parametrize("graphs", ["breakable", "disabled"])
+def test_the_host_waits_for_nothing_within_a_forward_pass(folder: Path, graphs: str) -> None:
+    encoder = InProcessEncoder(str(folder), device="cuda", cuda_graph_backend_prefill=graphs)
+    batch = [EncodeInput(token_ids=[3 + i] * (5 + i)) for i in range(4)]
+    for _ in range(3):
+        # What is compiled, recorded and kept waits.
+        encoder.encode(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        encoder.encode(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        encoder.close()
 
 
 def test_what_is_no_encoder(tmp_path: Path) -> None:

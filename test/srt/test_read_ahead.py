@@ -48,12 +48,14 @@ def cold(tmp_path: Path) -> Path:
 
 
 def test_what_is_read(cold: Path) -> None:
+    before = set(psutil.Process().children())
     read_ahead.start(cold)
+    (reader,) = set(psutil.Process().children()) - before
     read_ahead.reap()
     files = read_ahead.weight_files(cold)
     assert len(files) == 2
     deadline = time.monotonic() + 60
-    while min(map(cached, files)) < 1 or psutil.Process().children():
+    while min(map(cached, files)) < 1 or reader.is_running():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

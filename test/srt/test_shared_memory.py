@@ -119,7 +119,11 @@ def test_what_was_written_does_not_travel(monkeypatch):
     asked = Packed.of(inputs[:1], Place(memory.offer, 0)), Packed.of(inputs[1:])
     requests: Any = SimpleNamespace(
         reqs=[
-            SimpleNamespace(rid=str(i), sampling_params=SimpleNamespace(custom_params=params))
+            SimpleNamespace(
+                rid=str(i),
+                sampling_params=SimpleNamespace(custom_params=params),
+                to_finish=None,
+            )
             for i, params in enumerate(asked)
         ]
     )
