@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -142,6 +143,11 @@ def native(checkpoint: Checkpoint) -> Iterator[Running]:
     for variable in portable_cpu.ENVIRONMENT:
         os.environ.pop(variable, None)
     os.environ["SGLANG_PLUGINS"] = "none"
+    note = ""
+    if checkpoint.device == "cuda" and _lacks_kernels():
+        # Has sglang's norms computed by torch.
+        os.environ["SGLANG_ENABLE_DETERMINISTIC_INFERENCE"] = "1"
+        note = "its norms are torch's, for want of sglang's kernels"
     try:
         pool = multiprocessing.get_context("spawn").Pool(1)
     finally:
@@ -160,7 +166,14 @@ def native(checkpoint: Checkpoint) -> Iterator[Running]:
         yield Running(
             lambda batch: list(map(torch.from_numpy, pool.apply(_encode_native, (batch,)))),
             seconds=lambda batch: pool.apply(_time_native, (batch,)),
+            note=note,
         )
+
+
+def _lacks_kernels() -> bool:
+    """Whether sglang's kernels are missing, or are the stand-ins of `offline`."""
+    found = importlib.util.find_spec("sgl_kernel")
+    return found is None or found.origin is None
 
 
 def start_native() -> None:

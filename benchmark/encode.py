@@ -18,6 +18,7 @@ import dataclasses
 import gc
 import multiprocessing
 import random
+import re
 import shlex
 import signal
 import sys
@@ -433,7 +434,9 @@ def time_all(
 
 
 def summary(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    """Its first line, with files by their names: folders of this machine mean nothing elsewhere."""
+    line = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return re.sub(r"(?<![\w:/])/(?:[^\s/:]+/)+", "", line)
 
 
 if __name__ == "__main__":

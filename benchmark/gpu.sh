@@ -3,12 +3,14 @@
 #     bash benchmark/gpu.sh FOLDER [STEP...]
 # One that fails, or takes longer than its limit, does not keep the others from running. After each
 # all that is there goes into FOLDER.tar.gz, so that a run that is cut short leaves it, too.
-# PYTHON is what runs them (python3), LIMIT the seconds of every step in place of its own.
+# PYTHON is what runs them (.venv/bin/python, or python3 where there is none), LIMIT the seconds of every step in place of
+# its own.
 set -uo pipefail
 
 # Calls `$1 NAME SECONDS COMMAND...` for every step.
 each() {
-    local python=${PYTHON:-python3}
+    local python=${PYTHON:-.venv/bin/python}
+    [ -x "$python" ] || python=${PYTHON:-python3}
     local encode=("$python" -m benchmark.encode --device cuda --shape t5-xxl --length 77 512 --batch 1 8)
     "$1" attention 150 "$python" -m benchmark.attention --blocks 64,64,4,2 128,32,8,3 128,64,8,3
     "$1" attention-130 60 "$python" -m benchmark.attention --lengths 130 --batches 5
@@ -18,6 +20,8 @@ each() {
     "$1" graphs-clip-l 90 "$python" -m benchmark.graphs --shape clip-l --length 77 --batch 1 8 64
     "$1" encode 420 "${encode[@]}" --rounds 15 --slow-rounds 15 --report "$folder/t5-xxl" \
         --contenders "in process" server "server, http" "transformers, sdpa" native
+    "$1" encode-float16 150 "${encode[@]}" --dtype float16 --rounds 9 --report "$folder/t5-xxl-float16" \
+        --contenders "in process" "transformers, sdpa"
     "$1" tests 580 "$python" -m pytest test/srt -v --tb=short --timeout=300
 }
 

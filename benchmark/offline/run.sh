@@ -20,4 +20,6 @@ export PYTHONPATH=$repository/benchmark/offline/stand_ins:$wheels/site:$reposito
 # sglang's own kernels are not there, and its prefix cache in Rust reads tensors of the torch it was built for alone.
 export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 SGLANG_FORCE_FUSED_OP_BACKEND=torch
 export SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python
+# Not that of an environment in the repository, for gpu.sh.
+export PYTHON=${PYTHON:-python3}
 exec "$@"

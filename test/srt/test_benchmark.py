@@ -238,6 +238,14 @@ def test_operations_are_those_that_torch_counts(name: str):
     assert counter.get_total_flops() == shape.operations([length]) + masked * shape.causal
 
 
+def test_what_failed_is_told_without_this_machine_s_folders():
+    error = RuntimeError(
+        "/root/.cache/a/b.cpp:7, as http://localhost:9/v1/encode says, a/b.py\nno more"
+    )
+    expected = "RuntimeError: b.cpp:7, as http://localhost:9/v1/encode says, a/b.py"
+    assert encode.summary(error) == expected
+
+
 def test_a_floor_is_the_longer_of_two():
     shape = SMALL["t5-base"]
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)

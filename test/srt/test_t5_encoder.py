@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,7 +154,22 @@ def half_products(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.usefixtures("half_products")
+@pytest.fixture(params=["float32 weights", "float32 sums"])
+def outgrown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both ways to what outgrows float16; a CPU gets the operator that the second needs."""
+    sums = request.param == "float32 sums"
+    monkeypatch.setattr(t5_encoder, "sums_in_float32", lambda device: sums)
+    with contextlib.ExitStack() as stack:
+        if sums and not torch.cuda.is_available():
+            library = torch.library.Library("aten", "IMPL")
+            stack.callback(library._destroy)
+            library.impl(
+                "mm.dtype", lambda x, y, out_dtype: x.to(out_dtype) @ y.to(out_dtype), "CPU"
+            )
+        yield
+
+
+@pytest.mark.usefixtures("half_products", "outgrown")
 @pytest.mark.parametrize("case", range(6))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_products_in_half_precision(
@@ -171,7 +187,7 @@ def test_products_in_half_precision(
     assert_same_states(outputs, [reference_states(model, one) for one in ids], dtype, model, ids)
 
 
-@pytest.mark.usefixtures("half_products")
+@pytest.mark.usefixtures("half_products", "outgrown")
 def test_float16_where_t5_outgrows_it(seed: int, tmp_path: Path, open_encoder: Open) -> None:
     """States beyond float16's range come back as its largest numbers; later ones stay right."""
     config = random_config(random.Random(seed), "T5", num_layers=3, feed_forward_proj="gated-gelu")
@@ -180,18 +196,19 @@ def test_float16_where_t5_outgrows_it(seed: int, tmp_path: Path, open_encoder: O
     edit_weights(
         tmp_path,
         **{
-            name: weight * 3e5
+            name: weight * by
             for name, weight in model.state_dict().items()
-            if name.endswith("wo.weight")
+            for part, by in (("wi_1", 100), ("wo", 3e3))
+            if name.endswith(f"{part}.weight")
         },
     )
     model = T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = list(range(40))
     expected = reference_states(model, ids)
     assert expected[1].abs().max() > largest
-    [out] = open_encoder(tmp_path, dtype="float16").encode(
-        [EncodeInput(token_ids=ids, spec=EncodeSpec(layers=every_layer(model)))]
-    )
+    encoder = open_encoder(tmp_path, dtype="float16")
+    spec = EncodeSpec(layers=every_layer(model))
+    [out] = encoder.encode([EncodeInput(token_ids=ids, spec=spec)])
     for layer, states in out.hidden_states.items():
         assert states.isfinite().all()
         # Relative to the state before it is cut, of whose size its errors are.

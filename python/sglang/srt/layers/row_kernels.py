@@ -138,6 +138,9 @@ def _activate_kernel(
         h *= _sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
     if GATED:
         h *= tl.load(h_ptr + WIDTH, mask=mask).to(tl.float32)
+    if out_ptr.dtype.element_ty == tl.float16:
+        # By comparisons, so that a NaN stays one.
+        h = tl.where(h > 65504.0, 65504.0, tl.where(h < -65504.0, -65504.0, h))
     tl.store(out_ptr + row * WIDTH + column, h.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -167,7 +170,7 @@ def activate(
         dtype: of the result.
 
     Returns:
-        `[tokens, width]`.
+        `[tokens, width]`; what is beyond the range of float16 is its largest number.
     """
     tokens, width = h_tf.shape
     if gated:

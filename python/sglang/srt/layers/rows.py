@@ -21,6 +21,14 @@ def on_triton(device: torch.device) -> bool:
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def within_range(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in `dtype`; what is beyond the range of float16 becomes its largest number."""
+    if dtype == torch.float16:
+        limit = torch.finfo(dtype).max
+        x = x.clamp(-limit, limit)
+    return x.to(dtype)
+
+
 class ResidualNorm(nn.Module):
     """Adds what a layer gave to the residual, and norms the sum for the next layer.
 
@@ -107,7 +115,7 @@ class Activation(nn.Module):
             h_tf: `[tokens, width]` of any dtype, twice as wide if gated.
 
         Returns:
-            `[tokens, width]` in `dtype`.
+            `[tokens, width]` in `dtype`; what is beyond the range of float16 is its largest number.
         """
         if on_triton(h_tf.device):
             from sglang.srt.layers.row_kernels import ACTIVATIONS, activate
@@ -120,7 +128,7 @@ class Activation(nn.Module):
         if h_tf.device.type == "cpu":
             rows = max(1, torch.get_num_threads() * CACHED_VALUES // h_tf.shape[-1])
         for some_rf, some_out_rf in zip(h_tf.split(rows), out_tf.split(rows), strict=True):
-            some_out_rf.copy_(self._activate(some_rf.float()))
+            some_out_rf.copy_(within_range(self._activate(some_rf.float()), self.dtype))
         return out_tf
 
     def _activate(self, h_tf: torch.Tensor) -> torch.Tensor:

@@ -37,8 +37,9 @@ from sglang.srt.layers.packed_linear import (
 )
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
-from sglang.srt.layers.rows import Activation, ResidualNorm
+from sglang.srt.layers.rows import Activation, ResidualNorm, within_range
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.runtime_context import get_parallel
@@ -49,12 +50,20 @@ from transformers import PretrainedConfig
 logger = logging.getLogger(__name__)
 
 
-def within_range(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in `dtype`; what is beyond the range of float16 becomes its largest number."""
-    if dtype == torch.float16:
-        limit = torch.finfo(dtype).max
-        x = x.clamp(-limit, limit)
-    return x.to(dtype)
+def sums_in_float32(device: str) -> bool:
+    """Whether a device of this type gives products of float16 as it adds them up, in float32."""
+    return device == "cuda" and torch.version.cuda is not None
+
+
+class Float32OutputLinearMethod(UnquantizedLinearMethod):
+    """Stands in for the unquantized method of a linear layer whose products outgrow float16."""
+
+    def apply(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[tokens, outputs]` float32, of `[tokens, inputs of the rank]` in the weight's dtype."""
+        assert bias is None, "A product in float32 with a bias. This is a bug."
+        return torch.mm(x, layer.weight.T, out_dtype=torch.float32)
 
 
 class T5Attention(nn.Module):
@@ -132,9 +141,12 @@ class T5FeedForward(nn.Module):
                 quant_config=quant_config,
                 prefix=add_prefix("wi", prefix),
             )
-        # This product is where T5 outgrows float16; the reference keeps it in float32 too.
-        keep_fp32 = dtype == torch.float16 and quant_config is None
-        self.wo_dtype = torch.float32 if keep_fp32 else dtype
+        # This product is where T5 outgrows float16. The reference holds its weight in float32,
+        # whose products a GPU computes several times slower than it adds up those of float16.
+        device = torch.get_default_device().type
+        outgrows = dtype == torch.float16 and quant_config is None
+        gives_fp32 = outgrows and sums_in_float32(device)
+        self.wo_dtype = torch.float32 if outgrows and not gives_fp32 else dtype
         self.wo = RowParallelLinear(
             config.d_ff,
             config.d_model,
@@ -143,12 +155,14 @@ class T5FeedForward(nn.Module):
             quant_config=quant_config,
             prefix=add_prefix("wo", prefix),
         )
+        if gives_fp32:
+            self.wo.quant_method = Float32OutputLinearMethod()
         self.act = Activation(config.dense_act_fn, self.wo_dtype, gated=self.gated)
         # A CPU can activate, and gate, the product as it computes it.
         self.activated_by_wi = (
             config.dense_act_fn in EPILOGUES
             and quant_config is None
-            and torch.get_default_device().type == "cpu"
+            and device == "cpu"
             and multiplies(dtype)
             and self.wo_dtype == dtype
         )
@@ -158,9 +172,9 @@ class T5FeedForward(nn.Module):
     def forward(self, x_th: torch.Tensor) -> torch.Tensor:
         h, _ = self.wi(x_th)
         if not self.activated_by_wi:
-            # A quantized wo takes and gives float16, where it cannot be kept in float32.
-            h = within_range(self.act(h), self.wo_dtype)
+            h = self.act(h)
         out, _ = self.wo(h)
+        # A quantized wo gives float16.
         return within_range(out, out.dtype)
 
 
