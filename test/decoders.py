@@ -31,6 +31,7 @@ CLASSES = {
 OTHERS = {
     "CohereForCausalLM": "CohereConfig",
     "GPT2LMHeadModel": "GPT2Config",
+    "MixtralForCausalLM": "MixtralConfig",
     "OPTForCausalLM": "OPTConfig",
     "Qwen3MoeForCausalLM": "Qwen3MoeConfig",
 }
@@ -100,6 +101,8 @@ def random_config(rng: random.Random, architecture: str, **fixed: Any) -> Pretra
             text["layer_types"] = [rng.choice(kinds) for _ in range(text["num_hidden_layers"])]
     if name.startswith("Mistral"):
         text["sliding_window"] = None
+    if name == "MixtralConfig":
+        text |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     if name.startswith("Qwen3Moe"):
         text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     if name == "GPT2Config":

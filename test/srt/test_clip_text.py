@@ -58,7 +58,10 @@ def write_clip(
             "patch_size": 8,
         }
         config: Any = CLIPConfig(
-            text_config=text, vision_config=vision, projection_dim=text["projection_dim"]
+            # Its own, which need not be the text config's.
+            text_config=text | {"projection_dim": 3},
+            vision_config=vision,
+            projection_dim=text["projection_dim"],
         )
     else:
         config = CLIPTextConfig(**text)

@@ -14,6 +14,9 @@ import torch
 from sglang.srt.encode_only.encoders import ENCODERS
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
+from sglang.srt.layers.quantization.fp8 import Fp8Config
+from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
+from sglang.srt.layers.radix_attention import RadixAttention
 from transformers import PreTrainedModel
 
 from checkpoints import edit_weights, random_inputs
@@ -206,6 +209,23 @@ def test_a_weight_missing_or_of_another_shape(
     edit_weights(tmp_path, **{name: torch.cat([weight, weight])})
     with pytest.raises(ValueError, match=rf"{name}, \[{2 * len(weight)}.* does not fit"):
         open_encoder(tmp_path)
+
+
+def test_scales_of_a_cache_may_be_lacking(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, open_encoder: Open
+) -> None:
+    """Quantization to fp8 gives every attention scales, which most checkpoints do not have."""
+    build = RadixAttention.__init__
+
+    def with_scales(self: RadixAttention, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        BaseKVCacheMethod(Fp8Config()).create_weights(self)
+
+    monkeypatch.setattr(RadixAttention, "__init__", with_scales)
+    config = random_config(random.Random(9), "LlamaForCausalLM", num_hidden_layers=2)
+    model = write_decoder(tmp_path, config, "LlamaForCausalLM")
+    [output] = open_encoder(tmp_path).encode([EncodeInput(token_ids=[5, 6, 7])])
+    assert error_of(output.last_hidden_state, reference_states(model, [5, 6, 7])[-1]) < TOLERANCE
 
 
 def test_what_is_not_of_the_text_model_is_counted(

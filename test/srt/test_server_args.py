@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,26 @@ from sglang.srt.encode_only import server_args as encode_only_args
 from sglang.srt.encode_only.encoders import MAX_LENGTH
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
-from transformers import BertConfig, DeepseekV2Config, GptOssConfig, Qwen3NextConfig
+from transformers import (
+    BertConfig,
+    DeepseekV2Config,
+    GptOssConfig,
+    LlavaConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3NextConfig,
+)
 
 from device import DEVICE
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,22 +137,48 @@ def test_quantization_is_refused_where_there_are_no_kernels(
         resolved(monkeypatch, model_path=str(t5_folder), quantization=quantization)
 
 
+@pytest.mark.parametrize("file", ["config.json", "hf_quant_config.json"])
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the portable CPU platform stands aside")
+def test_a_quantized_checkpoint_is_refused_where_there_are_no_kernels(
+    file: str, monkeypatch, t5_folder: Path, tmp_path: Path
+):
+    folder = shutil.copytree(t5_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (folder / file).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"is quantized .* needs kernels"):
+        resolved(monkeypatch, model_path=str(folder))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(monkeypatch, t5_folder: Path, tmp_path: Path):
+    """As the encoders of a pipeline are, whose tokenizers have folders of their own."""
+    for path in (*t5_folder.glob("*.safetensors"), t5_folder / "config.json"):
+        shutil.copy(path, tmp_path)
+    with pytest.raises(ValueError, match=r"has no tokenizer .* Give --tokenizer-path"):
+        resolved(monkeypatch, model_path=str(tmp_path))
+    for given in ({"tokenizer_path": str(t5_folder)}, {"skip_tokenizer_init": True}):
+        assert resolved(monkeypatch, model_path=str(tmp_path), **given).is_embedding
+
+
+@pytest.mark.parametrize(("whole", "part"), [("bfloat16", "float32"), ("float16", "bfloat16")])
+def test_the_dtype_is_the_one_of_the_whole_checkpoint(
+    whole: str, part: str, monkeypatch, tmp_path: Path
+):
+    """Qwen-Image's text encoder has another within its text config."""
+    config = Qwen2_5_VLConfig(text_config=TINY).to_dict()
+    config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
+    config["dtype"], config["text_config"]["dtype"] = whole, part
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg = resolved(monkeypatch, model_path=str(tmp_path), skip_tokenizer_init=True)
+    assert cfg.dtype == whole
+
+
 def test_fewer_tokens_than_a_batch_are_refused(monkeypatch, t5_folder: Path):
     """A batch that there is no room for would wait for ever."""
     with pytest.raises(ValueError, match="--max-total-tokens 600 has no room for a batch of 16384"):
         resolved(monkeypatch, model_path=str(t5_folder), max_total_tokens=600)
     fields = {"max_total_tokens": 1200, "max_prefill_tokens": 500, "context_length": 600}
     assert resolved(monkeypatch, model_path=str(t5_folder), **fields).max_total_tokens == 1200
-
-
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
 
 
 @pytest.mark.parametrize(
@@ -151,12 +195,24 @@ def test_language_models_of_other_layers_are_refused_by_name(
     config.architectures = [architecture]
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"cannot serve {architecture}, which has .*{said}"):
-        resolved(monkeypatch, model_path=str(tmp_path))
+        resolved(monkeypatch, model_path=str(tmp_path), skip_tokenizer_init=True)
 
 
-def test_a_model_that_is_no_encoder_is_refused_with_the_list_of_those(monkeypatch, tmp_path: Path):
-    BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="BertModel") as error:
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [
+        (BertConfig(), "BertModel"),
+        # srt has these, with their vision towers alone.
+        (Qwen2VLConfig(text_config=TINY), "Qwen2VLForConditionalGeneration"),
+        (LlavaConfig(), "LlavaForConditionalGeneration"),
+    ],
+)
+def test_a_model_that_is_no_encoder_is_refused_with_the_list_of_those(
+    monkeypatch, tmp_path: Path, config, architecture
+):
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"its architecture is .*{architecture}") as error:
         resolved(monkeypatch, model_path=str(tmp_path))
     for name in ("T5EncoderModel", "CLIPTextModel", "Qwen3ForCausalLM", "every causal language"):
         assert name in str(error.value)

@@ -21,6 +21,7 @@ from sglang.srt.encode_only.outputs import LayerCapture
 from sglang.srt.encode_only.packing import to_device
 from sglang.srt.encode_only.request import LAST_HIDDEN_STATE
 from sglang.srt.encode_only.weights import lacking, own_sizes
+from sglang.srt.layers.layer_boundary.stage import StageBoundary
 from sglang.srt.layers.packed_linear import pack_linears
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -45,6 +46,7 @@ class DecoderEncoder(nn.Module):
 
     _text_model: nn.Module
     _blocks: nn.ModuleList
+    _boundary: StageBoundary | None
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class DecoderEncoder(nn.Module):
         # Past nn.Module, for which their parameters would then have several names.
         object.__setattr__(self, "_text_model", text_model)
         object.__setattr__(self, "_blocks", blocks)
+        object.__setattr__(self, "_boundary", _boundary(blocks))
         self._config = text_config
         self._capture: LayerCapture | None = None
         self._owes: bool | None = None
@@ -102,9 +105,8 @@ class DecoderEncoder(nn.Module):
         Raises:
             ValueError: one is missing, or does not fit what the config describes.
         """
-        for param in self._text_model.parameters():
-            if param.dtype.itemsize > 1 and param.is_floating_point():
-                param.data.fill_(float("nan"))
+        for param in self._required().values():
+            param.data.fill_(float("nan"))
         reading = _Reading(
             weights,
             rename=getattr(self, "model", None) is self._text_model,
@@ -117,11 +119,7 @@ class DecoderEncoder(nn.Module):
                 f"{reading.name}, {reading.shape} in the checkpoint, does not fit what its "
                 f"config.json describes: {error or type(error).__name__}."
             ) from error
-        missing = [
-            name
-            for name, param in self._text_model.named_parameters()
-            if param.dtype.itemsize > 1 and param.is_floating_point() and param.isnan().any()
-        ]
+        missing = [name for name, param in self._required().items() if param.isnan().any()]
         if missing:
             raise lacking(missing)
         logger.info(
@@ -131,6 +129,17 @@ class DecoderEncoder(nn.Module):
         if isinstance(getattr(self, "lm_head", None), nn.Module):
             self.lm_head = nn.Identity()
         return loaded
+
+    def _required(self) -> dict[str, nn.Parameter]:
+        """By name, the parameters that a checkpoint has to have and that can be no number."""
+        return {
+            name: param
+            for name, param in self._text_model.named_parameters()
+            if param.dtype.itemsize > 1
+            and param.is_floating_point()
+            # srt's mark on scales of a KV cache, which a quantized checkpoint may have.
+            and not getattr(param, "_skip_weight_check", False)
+        }
 
 
 class _Reading(Iterable[tuple[str, torch.Tensor]]):
@@ -201,7 +210,15 @@ class _Tap:
         if "capture_output" in self.signature.parameters:
             # The residual is not an argument; this callback is how srt gives it away.
             return args, {**kwargs, "capture_output": self.take}
-        given = self.signature.bind(*args, **kwargs).arguments
+        bound = self.signature.bind(*args, **kwargs)
+        given = bound.arguments
+        if self.encoder._boundary is not None:
+            # Neither is it here: srt keeps it beside the batch, and this is how it is asked for.
+            given["hidden_states"], state = self.encoder._boundary.capture_output(
+                given["hidden_states"], given["forward_batch"]
+            )
+            self.take(state, owned=True)
+            return bound.args, bound.kwargs
         hidden, residual = given["hidden_states"], given.get("residual")
         owed = residual is not None and self.is_owed(block, given)
         self.take(hidden + residual if owed else hidden, owned=owed)
@@ -252,6 +269,27 @@ def _text_model(model: nn.Module, num_layers: int) -> tuple[nn.Module, nn.Module
         f"{type(model).__name__} has no stack of {num_layers} blocks whose inputs are hidden "
         "states; encode-only mode cannot take them from it."
     )
+
+
+def _boundary(blocks: nn.ModuleList) -> StageBoundary | None:
+    """What gives the states of blocks that keep the residual beside the batch; all give the same.
+
+    Raises:
+        ValueError: what a block adds to the residual is not its output, so that srt cannot.
+    """
+    found = [
+        value
+        for block in blocks
+        for value in vars(block).values()
+        if isinstance(value, StageBoundary)
+    ]
+    for update in (boundary.declaration.update for boundary in found):
+        if not (update is None or update.is_plain_add or update.applied_at_exit):
+            raise ValueError(
+                f"Blocks of {type(blocks[0]).__name__} do not add their output to the residual; "
+                "encode-only mode cannot take hidden states from them."
+            )
+    return found[0] if found else None
 
 
 @functools.cache

@@ -33,8 +33,8 @@ class Encoder(msgspec.Struct, frozen=True, kw_only=True):
             whole prompt, never a prefix.
         max_positions: the field of the text config that limits the length; None for relative
             positions.
-        pooled_size: the field of the text config with the width of the pooled vector; None for a
-            model that has none.
+        pooled_size: the field of the config, or else of its text config, with the width of the
+            pooled vector; None for a model that has none.
         stock: whether stock srt serves the architecture too, in a way of its own.
     """
 
@@ -135,9 +135,14 @@ def find_decoder(architectures: list[str] | None) -> Encoder | None:
 
     Imports every model that srt has.
     """
-    from sglang.srt.configs.model_config import is_generation_model
+    from sglang.srt.configs.model_config import is_generation_model, is_multimodal_model
 
-    if not architectures or not is_generation_model(architectures):
+    # Of those with a vision tower only the classes that ENCODERS names run without it.
+    if (
+        not architectures
+        or not is_generation_model(architectures)
+        or is_multimodal_model(architectures)
+    ):
         return None
     found = _registry().models
     if architectures[0] not in found:
@@ -159,7 +164,7 @@ def encoder_of(hf_config: Any) -> Encoder:
     if encoder is None:
         raise ValueError(
             f"its architecture is {architectures}. Encode-only mode serves {', '.join(ENCODERS)}, "
-            "and every causal language model that srt serves."
+            "and every causal language model of text alone that srt serves."
         )
     return encoder
 
@@ -172,20 +177,23 @@ def info_of(model: str, model_config: Any, updates: int = 0) -> EncoderInfo:
         model_config: srt's ModelConfig, of arguments that `server_args.py` has resolved.
         updates: how often its weights were updated.
     """
-    encoder = encoder_of(model_config.hf_config)
+    config, text_config = model_config.hf_config, model_config.hf_text_config
+    encoder = encoder_of(config)
     field = encoder.pooled_size
     return EncoderInfo(
         model=model,
-        architecture=model_config.hf_config.architectures[0],
+        architecture=config.architectures[0],
         num_layers=model_config.num_hidden_layers,
         hidden_size=model_config.hidden_size,
         vocab_size=model_config.vocab_size,
-        max_length=getattr(model_config.hf_config, MAX_LENGTH),
+        max_length=getattr(config, MAX_LENGTH),
         dtype=str(model_config.dtype).removeprefix("torch."),
-        pooled_size=getattr(model_config.hf_text_config, field) if field else None,
+        pooled_size=(getattr(config, field, None) or getattr(text_config, field))
+        if field
+        else None,
         causal=encoder.causal,
-        weights=f"{getattr(model_config.hf_config, WEIGHTS)}.{updates}",
-        soft_cap=getattr(model_config.hf_text_config, "attn_logit_softcapping", None),
+        weights=f"{getattr(config, WEIGHTS)}.{updates}",
+        soft_cap=getattr(text_config, "attn_logit_softcapping", None),
     )
 
 

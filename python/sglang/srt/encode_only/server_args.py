@@ -11,6 +11,7 @@ import json
 import logging
 import secrets
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ RESERVED_TOKENS = 7
 DEFAULT_MAX_LENGTH = 2048
 """Most tokens of an input where neither model nor user says; srt's own default."""
 
+# A tokenizer has one of these.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
+)
 
 _HELP = (
     "Serve the model as an encoder: one forward pass a request, no KV cache, no sampling; the "
@@ -119,11 +129,9 @@ def _resolve_encode_only(server_args: Any) -> None:
     from sglang.srt.platforms import current_platform
     from sglang.srt.platforms.portable_cpu import PortableCpuPlatform
 
-    if cfg.quantization is not None and isinstance(current_platform, PortableCpuPlatform):
-        raise ValueError(
-            f"--quantization {cfg.quantization} needs kernels that sglang has for accelerators "
-            "alone; leave it out on a CPU."
-        )
+    if isinstance(current_platform, PortableCpuPlatform):
+        _refuse_quantized(cfg, hf_config)
+    _refuse_without_tokenizer(cfg)
     if launch.is_starting():
         read_ahead.start(cfg.model_path)
     text_config = get_hf_text_config(hf_config)
@@ -159,7 +167,9 @@ def _resolve_encode_only(server_args: Any) -> None:
     dtype = cfg.dtype
     if dtype == "auto":
         # srt halves fp32 checkpoints; an encoder gives back the numbers of its checkpoint.
-        dtype = str(getattr(text_config, "dtype", None) or torch.float32).removeprefix("torch.")
+        # Where the two differ (Qwen-Image's do), the files are what the whole model says.
+        own = getattr(hf_config, "dtype", None) or getattr(text_config, "dtype", None)
+        dtype = str(own or torch.float32).removeprefix("torch.")
 
     place = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     triton = on_triton(place)
@@ -202,6 +212,35 @@ def _resolve_encode_only(server_args: Any) -> None:
         attention_backend=attention,
         max_total_tokens=max_total_tokens,
     )
+
+
+def _refuse_quantized(cfg: Any, hf_config: Any) -> None:
+    quantized = f"--quantization {cfg.quantization}" if cfg.quantization is not None else None
+    for field in ("quantization_config", "compression_config"):
+        if getattr(hf_config, field, None) is not None:
+            quantized = f"{cfg.model_path}, which is quantized ({field} in its config.json),"
+    if Path(cfg.model_path, "hf_quant_config.json").is_file():
+        quantized = f"{cfg.model_path}, which is quantized (it has a hf_quant_config.json),"
+    if quantized is not None:
+        raise ValueError(
+            f"{quantized} needs kernels that sglang has for accelerators alone; on a CPU, serve "
+            "it unquantized."
+        )
+
+
+def _refuse_without_tokenizer(cfg: Any) -> None:
+    """Where a folder has no tokenizer transformers makes one up, to which every text is unknown."""
+    folder = Path(cfg.tokenizer_path or cfg.model_path)
+    if cfg.skip_tokenizer_init or not folder.is_dir():
+        return
+    settings = folder / "tokenizer_config.json"
+    own_code = settings.is_file() and "auto_map" in json.loads(settings.read_bytes())
+    if not own_code and not any(any(folder.glob(name)) for name in _VOCABULARIES):
+        raise ValueError(
+            f"{folder} has no tokenizer ({', '.join(_VOCABULARIES)}). Give --tokenizer-path; in a "
+            "diffusers pipeline that is the tokenizer folder beside the encoder's. Or give "
+            "--skip-tokenizer-init, to take token ids alone."
+        )
 
 
 def _has_fa4(device: torch.device) -> bool:

@@ -180,7 +180,10 @@ class CLIPTextModel(nn.Module):
         prefix: str = "",
     ):
         super().__init__()
+        # Of a CLIPConfig its own, whatever its text config says.
+        projection_dim = config.projection_dim
         config = own_sizes(config)
+        config.projection_dim = projection_dim
         self.config = config
         self.quant_config = quant_config
         self.dtype = torch.get_default_dtype()
