@@ -9,7 +9,12 @@ import time
 import pytest
 import torch
 from sglang.srt.encode_only import wire
-from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient, EncoderUnavailable
+from sglang.srt.encode_only.client import (
+    MAX_THREADS,
+    AsyncEncoderClient,
+    EncoderClient,
+    EncoderUnavailable,
+)
 from sglang.srt.encode_only.request import (
     EncodeInput,
     EncodeOutput,
@@ -38,7 +43,7 @@ both = pytest.mark.parametrize("kind", ["sync", "async"])
 
 
 @contextlib.contextmanager
-def answering(*answers, pause=0.0):
+def answering(*answers, pause=0.0, delay=0.0):
     """The URL of a server that gives these bytes, one entry a connection, and hangs up."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -47,6 +52,7 @@ def answering(*answers, pause=0.0):
                 connection, _ = listener.accept()
                 with connection:
                     read_request(connection)
+                    time.sleep(delay)
                     connection.sendall(answer)
                     time.sleep(pause)
 
@@ -284,6 +290,42 @@ def test_threads_share_a_client(t5_server, t5_reference):
         for thread in threads:
             thread.join()
     assert not errors
+
+
+def test_a_call_that_waits_for_its_turn(guarded_server):
+    """Has its own timeout, and ends with the client."""
+
+    async def calls():
+        async with AsyncEncoderClient(guarded_server.url, timeout=300, api_key=API_KEY) as client:
+            tasks = [asyncio.create_task(client.encode("a text")) for _ in range(MAX_THREADS)]
+            await asyncio.sleep(1)
+            with pytest.raises(EncoderUnavailable, match="timed out behind 64 other calls"):
+                await client.encode_inputs([EncodeInput(token_ids=[3])], timeout=0.5)
+            waiting = asyncio.create_task(client.encode("a text"))
+            await asyncio.sleep(0.5)
+        with pytest.raises(EncoderUnavailable, match="the client was closed"):
+            await waiting
+        with pytest.raises(EncoderUnavailable, match="the client is closed"):
+            await client.encode("a text")
+        for task in tasks:
+            task.cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with frozen_scheduler(guarded_server):
+        ended = asyncio.run(asyncio.wait_for(calls(), 60))
+    assert all(isinstance(one, (asyncio.CancelledError, RequestError)) for one in ended)
+
+
+@both
+def test_one_timeout_for_a_call_of_several_requests(kind):
+    """Each answer comes in time, all of them do not."""
+    answers = [http_answer(encoder_body(rows=3 - skip)) for skip in (0, 1, 2)]
+    inputs = [EncodeInput(token_ids=[1, 2, 3], spec=EncodeSpec(skip=skip)) for skip in (0, 1, 2)]
+    with (
+        answering(*answers, delay=2.0) as url,
+        pytest.raises(EncoderUnavailable, match="Timeout"),
+    ):
+        call(kind, url, "encode_inputs", inputs, timeout=5.0)
 
 
 def test_one_key_for_all(guarded_server):

@@ -10,6 +10,8 @@ import os
 import random
 import socket
 import socketserver
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,14 +19,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 import psutil
 import pytest
 import torch
-from sglang.srt.encode_only import http_api, line, scheduler_line, wire
+from sglang.srt.encode_only import http_api, line, line_keys, scheduler_line, wire
 from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient, EncoderUnavailable
 from sglang.srt.encode_only.line import Address
 from sglang.srt.encode_only.local_server import LocalServer
-from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
+from sglang.srt.encode_only.request import EncodeInput, EncoderInfo, EncodeSpec, RequestError
 from sglang.srt.encode_only.shared_memory import Memory
 from starlette.requests import Request
 
@@ -421,6 +424,127 @@ def test_a_line_that_is_elsewhere(t5_server):
             assert client.encode(IDS)[0].prompt_tokens == 3
 
 
+@contextlib.contextmanager
+def listening(key: str) -> Iterator[socket.socket]:
+    """Somebody at the name of a server's line."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(30)
+        sock.bind(line.name_of(key))
+        sock.listen()
+        yield sock
+
+
+@pytest.mark.parametrize("said", [b"OK", b"200", b"200 many", b"\0" * 1000])
+def test_a_line_that_says_what_no_scheduler_does(t5_server, by_http, said: bytes):
+    """As of another program, after the server's end."""
+    key = "1" * 64
+    with EncoderClient(t5_server.url, timeout=60) as client, listening(key) as listener:
+        assert client._lines is not None
+        header = {wire.LINE: f"{t5_server.port} {key}"}
+        client._lines.learn(httpx.Response(200, headers=header))
+
+        def answer() -> None:
+            caller, _ = listener.accept()
+            with caller:
+                assert caller.recv(1000) == key.encode()
+                caller.recv(line.MAX_MESSAGE)
+                caller.send(said)
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            answered = pool.submit(answer)
+            (found,), (expected,) = client.encode(IDS), by_http.encode(IDS)
+            answered.result()
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user as well")
+def test_another_user_is_told_nothing(t5_server):
+    key = "2" * 64
+    with EncoderClient(t5_server.url, timeout=60) as client, contextlib.ExitStack() as stack:
+        assert client._lines is not None
+        os.seteuid(65534)
+        try:
+            listener = stack.enter_context(listening(key))
+        finally:
+            os.seteuid(0)
+        header = {wire.LINE: f"{t5_server.port} {key}"}
+        client._lines.learn(httpx.Response(200, headers=header))
+        assert client.encode(IDS)[0].prompt_tokens == 3
+        caller, _ = listener.accept()
+        with caller:
+            assert heard(caller) == b""
+
+
+def test_a_name_that_another_program_has(monkeypatch):
+    """A server tells its key to its own scheduler alone, and else offers no line."""
+    keys = line_keys.Keys("3" * 64, "4" * 64, os.getpid())
+    monkeypatch.setattr(line_keys, "keys_in_use", lambda: keys)
+    info = EncoderInfo(
+        model="tiny",
+        architecture="T5EncoderModel",
+        num_layers=2,
+        hidden_size=8,
+        vocab_size=32,
+        max_length=16,
+        dtype="float32",
+    )
+    with listening(keys.callers) as listener:
+        with pytest.raises(OSError, match="in use"):
+            scheduler_line.SchedulerLine(keys)
+        assert line_keys.tell(info, 0) is None
+        caller, _ = listener.accept()
+        with caller:
+            assert heard(caller) == b""
+    # Such as a scheduler is.
+    script = (
+        "import socket, sys, time\n"
+        "sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        "sock.bind('\\0' + sys.argv[1])\n"
+        "sock.listen()\n"
+        "print('ready', flush=True)\n"
+        "print(sock.accept()[0].recv(1000))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, line.name_of(keys.callers)[1:]],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        assert line_keys.tell(info, 0) == keys.callers
+        assert keys.server in child.stdout.readline()
+
+
+def test_many_who_come_at_once_do_not_keep_a_scheduler():
+    """Each turn takes some, until all are heard."""
+    keys = line_keys.Keys("5" * 64, "6" * 64, os.getpid())
+    listens = scheduler_line.SchedulerLine(keys)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4 * scheduler_line.MAX_ACCEPTED):
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            sock.connect(line.name_of(keys.callers))
+        assert listens.join([], False) == []
+        first = len(listens._callers)
+        assert 0 < first < 4 * scheduler_line.MAX_ACCEPTED
+        assert listens.join([], False) == []
+        assert len(listens._callers) == 4 * scheduler_line.MAX_ACCEPTED
+
+
+def test_a_server_that_cannot_open_the_memory(t5_server):
+    """As in another container, of the same network: its line is tried once, and not again."""
+    with EncoderClient(t5_server.url, timeout=60) as client:
+        assert client._lines is not None and client._memories is not None
+        client.info()
+        for _ in range(3):
+            # Whose processes have other numbers.
+            with client._memories.lent() as memory:
+                assert memory is not None
+                memory.offer = msgspec.structs.replace(memory.offer, pid=2**22 + 1)
+            client._memories.answer(memory, None)
+            assert client.encode(IDS)[0].prompt_tokens == 3
+            client.info()
+            assert not client._lines.known
+
+
 def test_new_weights(t5_server, t5_folder, client, by_http):
     """Are told of from the first answer on, by the line as by HTTP."""
     seen = [client.encode(IDS)[0].encoder]
@@ -489,6 +613,7 @@ def test_a_server_that_hangs(t5_server, client):
 
 
 def test_a_server_that_stops_answers_what_it_has_taken(guarded_server):
+    """Also where that takes longer than upstream waits for a scheduler, 15 s."""
     with (
         EncoderClient(guarded_server.url, api_key=API_KEY) as client,
         concurrent.futures.ThreadPoolExecutor() as pool,
@@ -498,12 +623,36 @@ def test_a_server_that_stops_answers_what_it_has_taken(guarded_server):
             calls = [pool.submit(client.encode, [[3 + i] * 600]) for i in range(QUEUE)]
             time.sleep(1)
             guarded_server.process.terminate()
-            # Until it asks its scheduler to end.
-            time.sleep(7)
+            # Of which it may take 5 until it asks its scheduler to end.
+            time.sleep(22)
         assert [call.result(30)[0].prompt_tokens for call in calls] == [600] * QUEUE
         guarded_server.process.wait(60)
         with pytest.raises(EncoderUnavailable):
             client.encode(IDS)
+    guarded_server.restart()
+
+
+def test_a_server_that_stops_takes_no_more(guarded_server):
+    """By the line as by HTTP, while it answers what it has."""
+    with (
+        EncoderClient(guarded_server.url, api_key=API_KEY) as client,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        client.info()
+        assert client.encode(IDS)[0].prompt_tokens == 3
+        with frozen_scheduler(guarded_server):
+            text = pool.submit(client.encode, "a text")
+            time.sleep(1)
+            guarded_server.process.terminate()
+            until = time.monotonic() + 30
+            while "Remaining number of requests 1" not in guarded_server.log_tail():
+                assert time.monotonic() < until
+                time.sleep(0.1)
+        # It looks again in 5 s.
+        assert text.result(30)[0].prompt_tokens
+        with pytest.raises(EncoderUnavailable, match="503, The server is shutting down"):
+            client.encode(IDS)
+        guarded_server.process.wait(60)
     guarded_server.restart()
 
 

@@ -48,7 +48,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedMode
 
 @pytest.fixture(scope="module")
 def clip_server(clip: tuple[Path, PreTrainedModel]) -> Iterator[LocalServer]:
-    with LocalServer(clip[0], *two_ranks()) as server:
+    with LocalServer(clip[0], "--allow-auto-truncate", *two_ranks()) as server:
         yield server
 
 
@@ -125,6 +125,19 @@ def test_embeddings_of_clip_are_its_pooled_vectors(
     ids = transformers.AutoTokenizer.from_pretrained(folder)("a red fox")["input_ids"]
     [vector] = embeddings(clip_server, input="a red fox", encoding_format=form)
     torch.testing.assert_close(vector, projected(model, ids), atol=2e-6, rtol=1e-5)
+
+
+def test_embeddings_of_clip_are_of_texts_cut_before_their_end(
+    clip: tuple[Path, PreTrainedModel], clip_server: LocalServer
+) -> None:
+    """With srt's flag. CLIP's vector is the state of the token that ends a text."""
+    folder, model = clip
+    for text in ("a red fox and " * 60, "two boats at dawn " * 60):
+        [ids] = transformers.AutoTokenizer.from_pretrained(folder)(
+            [text], truncation=True, max_length=77
+        )["input_ids"]
+        [vector] = embeddings(clip_server, input=text)
+        torch.testing.assert_close(vector, projected(model, ids), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["float", "base64"])

@@ -282,6 +282,87 @@ def test_nothing_but_what_was_offered_is_written(t5_server, tmp_path):
     os.close(sealed)
 
 
+def test_memory_that_can_never_be_executed(t5_server):
+    """As all is where the system says so (`vm.memfd_noexec`)."""
+    noexec = 8  # MFD_NOEXEC_SEAL of <linux/memfd.h>
+    memory = Memory()
+    try:
+        sealed = os.memfd_create(shared_memory._NAME, os.MFD_ALLOW_SEALING | noexec)
+    except OSError:
+        pytest.skip("a kernel without such memory")
+    os.dup2(sealed, memory.fd)
+    os.close(sealed)
+    os.pwrite(memory.fd, shared_memory._head(memory.offer.token), 0)
+    request = wire.make_request(input=[[3, 4], [5]])
+    answer = ask(t5_server.url, msgspec.structs.replace(request, memory=memory.offer))
+    assert int(answer.headers[wire.IN_MEMORY]) > 0
+    Mapping(memory.offer, 1000)
+
+
+FORKS = """
+import asyncio, os, sys, traceback
+import torch
+from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient
+
+url = sys.argv[1]
+client = EncoderClient(url, timeout=60)
+asynchronous = AsyncEncoderClient(url, timeout=60)
+client.info()
+
+def encode(*ids):
+    return client.encode(list(ids))[0].last_hidden_state
+
+def plain(*ids):
+    with EncoderClient(url, timeout=60, share_memory=False) as client:
+        return client.encode(list(ids))[0].last_hidden_state
+
+def same(states, *ids):
+    assert torch.equal(states, plain(*ids)), ids
+
+asyncio.run(asynchronous.encode("a text"))
+held, dropped = encode(3, 4, 5), encode(4, 5, 6)
+encode(1)  # Its memory is kept.
+to_child, to_parent = os.pipe(), os.pipe()
+if os.fork():
+    mine = encode(5, 6, 7)
+    del dropped
+    os.write(to_child[1], b"-")
+    assert os.read(to_parent[0], 1) == b"-", "The fork failed."
+    others = [encode(6, 7, 8 + i) for i in range(5)]
+    same(held, 3, 4, 5)
+    same(mine, 5, 6, 7)
+    for i, states in enumerate(others):
+        same(states, 6, 7, 8 + i)
+    os.write(to_child[1], b"-")
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+try:
+    os.close(to_child[1])
+    os.read(to_child[0], 1)
+    mine = encode(10, 11, 12)
+    del held
+    others = [encode(11, 12, 13 + i) for i in range(5)]
+    os.write(to_parent[1], b"-")
+    os.read(to_child[0], 1)
+    same(dropped, 4, 5, 6)
+    same(mine, 10, 11, 12)
+    for i, states in enumerate(others):
+        same(states, 11, 12, 13 + i)
+    assert asyncio.run(asynchronous.encode([3, 4]))[0].prompt_tokens == 2
+except BaseException:
+    traceback.print_exc()
+    os._exit(1)
+os._exit(0)
+"""
+
+
+def test_forks_have_memory_of_their_own(t5_server):
+    """Such as a data loader's workers: neither writes into an answer that another has."""
+    run = subprocess.run(
+        [sys.executable, "-c", FORKS, t5_server.url], capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_caller_that_dies_leaves_nothing(t5_server):
     """Also where its answer is under way."""
     script = (

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -75,10 +76,11 @@ class EncoderClient:
         self._timeout = timeout
         self._requests = _Requests(base_url, api_key)
         self._routed = False
-        self._transport = Transport()
         here = share_memory and _is_here(base_url)
+        self._transport = Transport()
         self._memories = Memories() if here else None
         self._lines = Lines(urlsplit(base_url).port or 80) if here else None
+        _clients.add(self)
 
     def info(self, *, timeout: float | None = None) -> EncoderInfo:
         """What the encoder is.
@@ -129,7 +131,7 @@ class EncoderClient:
         """The same for tokenized inputs, of which each says what it wants; outputs in order.
 
         Args:
-            timeout: seconds for an answer, in place of the client's.
+            timeout: seconds for all of them, in place of the client's.
         """
         return self._encode_inputs(inputs, timeout=timeout)
 
@@ -150,8 +152,15 @@ class EncoderClient:
     ) -> None:
         self.close()
 
+    def _renew(self) -> None:
+        """In a fork, where connections and memory are those of another process."""
+        self.close()
+        self._transport = Transport()
+        if self._memories is not None:
+            self._memories = Memories()
+
     def _info(self, *, timeout: float | None = None, waiting: Waiting | None = None) -> EncoderInfo:
-        waiting = self._begun(waiting, timeout)
+        waiting = waiting or self._waiting(timeout)
         return _read_info(self.base_url, *self._by_http(waiting, "GET"))
 
     def _encode_inputs(
@@ -161,25 +170,24 @@ class EncoderClient:
         timeout: float | None = None,
         waiting: Waiting | None = None,
     ) -> list[EncodeOutput]:
+        waiting = waiting or self._waiting(timeout)
         groups = _groups(inputs)
-        answers = [self._encode(request, timeout=timeout, waiting=waiting) for request, _ in groups]
+        answers = [self._encode(request, waiting=waiting) for request, _ in groups]
         return _in_order(groups, answers)
 
     def _encode(
-        self,
-        request: wire.EncodeRequest,
-        *,
-        timeout: float | None = None,
-        waiting: Waiting | None = None,
+        self, request: wire.EncodeRequest, *, waiting: Waiting | None = None
     ) -> list[EncodeOutput]:
-        waiting = self._begun(waiting, timeout)
+        waiting = waiting or self._waiting()
         with _unavailable(self.base_url, waiting), contextlib.suppress(Unanswered):
             outputs = self._by_line(waiting, request)
             if outputs is not None:
                 return outputs
         with _lent(self._memories, request) as (body, memory):
-            answer = self._by_http(waiting, "POST", body)
-        return _read_outputs(self.base_url, request, *answer, self._memories, memory)
+            response, content = self._by_http(waiting, "POST", body)
+            if memory is not None and self._lines is not None:
+                self._lines.judge(response)
+        return _read_outputs(self.base_url, request, response, content, self._memories, memory)
 
     def _by_line(self, waiting: Waiting, request: wire.EncodeRequest) -> list[EncodeOutput] | None:
         """None where HTTP is the way."""
@@ -227,10 +235,9 @@ class EncoderClient:
         request = self._requests.make(method, body, routed=routed or self._routed)
         return self._transport.carry(request, waiting)
 
-    def _begun(self, waiting: Waiting | None, timeout: float | None) -> Waiting:
-        waiting = waiting or Waiting()
-        waiting.begin(self._timeout if timeout is None else timeout)
-        return waiting
+    def _waiting(self, timeout: float | None = None) -> Waiting:
+        """For an answer within the timeout, the client's by default, from now on."""
+        return Waiting(self._timeout if timeout is None else timeout)
 
 
 class AsyncEncoderClient:
@@ -251,7 +258,8 @@ class AsyncEncoderClient:
         self._client = EncoderClient(
             base_url, api_key=api_key, timeout=timeout, share_memory=share_memory
         )
-        self._threads = concurrent.futures.ThreadPoolExecutor(MAX_THREADS, "encoder-client")
+        self._threads = _threads()
+        _clients.add(self)
 
     async def info(self) -> EncoderInfo:
         """As `EncoderClient.info`."""
@@ -287,7 +295,7 @@ class AsyncEncoderClient:
         return await self._run(self._client._encode_inputs, inputs, timeout=timeout)
 
     async def close(self) -> None:
-        """As `EncoderClient.close`."""
+        """As `EncoderClient.close`. Calls that have not begun raise EncoderUnavailable."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
@@ -302,15 +310,47 @@ class AsyncEncoderClient:
     ) -> None:
         await self.close()
 
-    async def _run(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        waiting = Waiting()
+    def _renew(self) -> None:
+        """In a fork, which has none of the threads."""
+        self._threads = _threads()
+
+    async def _run(self, call: Callable[..., T], *args: Any, timeout: float | None = None) -> T:
+        seconds = self._client._timeout if timeout is None else timeout
+        waiting = Waiting(seconds)
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._threads, functools.partial(call, *args, **kwargs, waiting=waiting)
-            )
+            future = self._threads.submit(call, *args, waiting=waiting)
+        except RuntimeError as error:
+            raise EncoderUnavailable(self.base_url, "the client is closed") from error
+        answer = asyncio.wrap_future(future)
+        try:
+            await asyncio.wait([answer], timeout=seconds)
+            # The thread that has it ends it in time, but none may.
+            if not answer.done() and future.cancel():
+                said = f"timed out behind {MAX_THREADS} other calls"
+                raise EncoderUnavailable(self.base_url, said)
+            if answer.cancelled():
+                raise EncoderUnavailable(self.base_url, "the client was closed")
+            return await answer
         except asyncio.CancelledError:
             waiting.abandon()
+            answer.cancel()
             raise
+
+
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(MAX_THREADS, "encoder-client")
+
+
+_clients: weakref.WeakSet[EncoderClient | AsyncEncoderClient] = weakref.WeakSet()
+
+
+def _renew_all() -> None:
+    """In a fork, before anything of it can use a client."""
+    for client in list(_clients):
+        client._renew()
+
+
+os.register_at_fork(after_in_child=_renew_all)
 
 
 class _Requests:

@@ -194,7 +194,7 @@ def _line(request: Request) -> dict[str, str]:
     if not _is_here(request):
         return {}
     service = _service()
-    if service.watched:
+    if service.watched or service.ends:
         return {}
     key = line_keys.tell(service.info, service.updates)
     if key is None:

@@ -9,19 +9,38 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 from sglang.srt.arg_groups.overrides import resolving_view
-from sglang.srt.encode_only import read_ahead
+from sglang.srt.encode_only import line_keys, plugin, read_ahead
 from sglang.srt.platforms import current_platform
 from sglang.srt.platforms.portable_cpu import PortableCpuPlatform
 
 
 def forking(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `Engine._launch_scheduler_processes`."""
+    """AROUND `Engine._launch_scheduler_processes`, with which a server's processes begin."""
+    # Each server's own: those that one program starts have its environment in common.
+    line_keys.make_keys()
+    os.environ[plugin.RUNS_MODELS] = "1"
+    try:
+        return _forking(original, cls, server_args, *args, **kwargs)
+    finally:
+        del os.environ[plugin.RUNS_MODELS]
+
+
+def forking_last(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND `Engine._launch_detokenizer_subprocesses`, after which a server has no more forks."""
+    try:
+        return _forking(original, cls, server_args, *args, **kwargs)
+    finally:
+        read_ahead.reap()
+
+
+def _forking(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     if not _can_fork(resolving_view(server_args)):
         return original(cls, server_args, *args, **kwargs)
     prepare_to_fork()
@@ -31,14 +50,6 @@ def forking(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: An
         return original(cls, server_args, *args, **kwargs)
     finally:
         multiprocessing.set_start_method(before, force=True)
-
-
-def forking_last(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND `Engine._launch_detokenizer_subprocesses`, after which a server has no more forks."""
-    try:
-        return forking(original, cls, server_args, *args, **kwargs)
-    finally:
-        read_ahead.reap()
 
 
 def is_starting() -> bool:

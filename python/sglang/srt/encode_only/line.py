@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import socket
+import struct
 from typing import NamedTuple
 
 import httpx
 from sglang.srt.encode_only import wire
 from sglang.srt.encode_only.request import RequestError
 from sglang.srt.encode_only.shared_memory import Memory
-from sglang.srt.encode_only.transport import Buffer, Waiting, readable
+from sglang.srt.encode_only.transport import Buffer, Unanswered, Waiting, readable
 
 MAX_MESSAGE = 128 << 10
 """The largest request, in bytes: what a Linux socket takes at once by default, and some less."""
@@ -61,6 +63,14 @@ def name_of(key: str) -> str:
     return f"\0sglang-encode-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
 
+def listener_of(sock: socket.socket) -> tuple[int, int]:
+    """The process and the user to whom a Unix socket is connected."""
+    credentials = struct.Struct("iII")
+    found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    pid, uid, _ = credentials.unpack(found)
+    return pid, uid
+
+
 def success(size: int) -> bytes:
     """What answers a request: all `size` bytes of the answer's body are in the caller's memory."""
     return b"200 %d" % size
@@ -81,6 +91,7 @@ class Lines:
     def __init__(self, port: int):
         self._port = port
         self._address: Address | None = None
+        self._useless: Address | None = None
 
     @property
     def known(self) -> bool:
@@ -91,8 +102,18 @@ class Lines:
         """Takes from an answer by HTTP where they end."""
         with contextlib.suppress(KeyError, ValueError):
             address = Address.read(response.headers[wire.LINE])
-            if address.port == self._port:
+            if address.port == self._port and address != self._useless:
                 self._address = address
+
+    def judge(self, response: httpx.Response) -> None:
+        """Takes from an answer by HTTP, to a request that offered memory, whether they are of use.
+
+        They are not to a server that cannot open this process's memory, which would refuse each
+        request there before HTTP has it.
+        """
+        unused = response.status_code == 200 and wire.IN_MEMORY not in response.headers
+        if unused and self._address is not None:
+            self._useless, self._address = self._address, None
 
     def carry(self, body: bytes, memory: Memory, waiting: Waiting) -> httpx.Response | None:
         """The answer to a request, as HTTP would give it; None where HTTP is the way.
@@ -107,13 +128,18 @@ class Lines:
         sock = self._line_of(memory) if len(body) <= MAX_MESSAGE else None
         if sock is None:
             return None
-        status, _, rest = waiting.on_line(sock, body).partition(b" ")
-        if int(status) == BY_HTTP:
+        said, _, rest = waiting.on_line(sock, body).partition(b" ")
+        try:
+            status = int(said)
+            size = int(rest) if status == 200 else 0
+        except ValueError as error:
+            raise Unanswered(f"the line said {said[:40]!r}") from error
+        if status == BY_HTTP:
             return None
-        if int(status) == 200:
-            headers = {wire.IN_MEMORY: rest.decode(), "Content-Type": wire.SAFETENSORS}
+        if status == 200:
+            headers = {wire.IN_MEMORY: str(size), "Content-Type": wire.SAFETENSORS}
             return httpx.Response(200, headers=headers, stream=Buffer(bytearray()))
-        return httpx.Response(int(status), stream=Buffer(bytearray(rest)))
+        return httpx.Response(status, stream=Buffer(bytearray(rest)))
 
     def _line_of(self, memory: Memory) -> socket.socket | None:
         for sock in memory.lines:
@@ -130,6 +156,9 @@ class Lines:
             # Not a moment is waited for a scheduler that accepts nobody.
             sock.setblocking(False)
             sock.connect(address.name)
+            # Once a server is gone, anybody may have the name.
+            if listener_of(sock)[1] not in (0, os.geteuid()):
+                raise PermissionError("a stranger listens")
             sock.send(address.key.encode())
         except OSError:
             sock.close()

@@ -15,7 +15,8 @@ import socket
 from typing import NamedTuple
 
 import msgspec
-from sglang.srt.encode_only.line import name_of
+import psutil
+from sglang.srt.encode_only.line import listener_of, name_of
 from sglang.srt.encode_only.request import EncoderInfo
 from sglang.srt.runtime_context import get_observability, get_parallel
 
@@ -31,39 +32,45 @@ class Keys(NamedTuple):
     Attributes:
         callers: of whoever may speak to the server.
         server: of the server itself.
+        pid: of the server's first process, whose children schedulers are.
     """
 
     callers: str
     server: str
+    pid: int
 
     @classmethod
     def own(cls) -> Keys | None:
         """Those of this process's server; None where there is none."""
         given = os.environ.get(_KEYS)
-        return cls(*given.split()) if given else None
+        if not given:
+            return None
+        callers, server, pid = given.split()
+        return cls(callers, server, int(pid))
 
 
 class Served(msgspec.Struct, frozen=True):
     """What a server tells its scheduler.
 
     Attributes:
-        info: what its callers are told.
+        info: what its callers are told; None once it takes no more of them.
         updates: how many updates of weights have ended.
     """
 
-    info: EncoderInfo
+    info: EncoderInfo | None
     updates: int
 
 
 def make_keys() -> None:
-    """Gives keys to the server that this process is about to start."""
-    os.environ[_KEYS] = f"{secrets.token_hex(32)} {secrets.token_hex(32)}"
+    """Gives keys to the server whose schedulers this process is about to start."""
+    os.environ[_KEYS] = f"{secrets.token_hex(32)} {secrets.token_hex(32)} {os.getpid()}"
 
 
-def tell(info: EncoderInfo, updates: int) -> str | None:
+def tell(info: EncoderInfo | None, updates: int) -> str | None:
     """Tells the scheduler what its callers are told, once.
 
     Args:
+        info: None where no more of them are to be taken.
         updates: how many updates of weights have ended.
 
     Returns:
@@ -74,7 +81,7 @@ def tell(info: EncoderInfo, updates: int) -> str | None:
         return None
     try:
         _tell(keys, Served(info, updates))
-    except OSError as error:
+    except (OSError, psutil.Error) as error:
         # It is tried again for the next answer.
         logger.debug("The scheduler is not told what it serves: %s.", error)
         return None
@@ -86,6 +93,8 @@ def _tell(keys: Keys, served: Served) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.setblocking(False)
         sock.connect(name_of(keys.callers))
+        if psutil.Process(listener_of(sock)[0]).ppid() != keys.pid:
+            raise PermissionError("another program listens in its place")
         sock.send(keys.server.encode() + b" " + msgspec.json.encode(served))
 
 

@@ -15,8 +15,12 @@ from sglang.srt.encode_only import seams
 
 logger = logging.getLogger(__name__)
 
-_server_pid: int | None = None
-"""The process that is a server, here or in the one that this is a fork of."""
+EXIT_SECONDS = 300
+"""How long a scheduler that was told to end may take, in place of upstream's 15 seconds: as long as
+clients wait."""
+
+RUNS_MODELS = "SGLANG_ENCODE_SCHEDULER"
+"""The environment variable by which a process knows that it was started as a scheduler."""
 
 
 @functools.cache
@@ -50,13 +54,14 @@ def enter_encode_only(hf_config: Any) -> None:
 
     Called in every process that takes on arguments with `is_embedding_encoder`: the one that starts
     the others, which finds out for all of them whether every seam fits, then the schedulers and the
-    tokenizer workers. A process with an engine is a server; the fork of one, and one with a
-    scheduler and no engine, runs models. Calling it again does nothing.
+    tokenizer workers. One that was started as a scheduler runs models, whatever the program that
+    it belongs to has imported; so does one with a scheduler and no engine, started elsewhere. Any
+    other with an engine is a server. Calling it again does nothing.
     """
     if multiprocessing.parent_process() is None:
         for seam in seams.ENCODE_ONLY:
             seams.check(seam)
-    if _server_pid not in (None, os.getpid()):
+    if RUNS_MODELS in os.environ:
         enter_scheduler(hf_config)
     elif "sglang.srt.entrypoints.engine" in sys.modules:
         _enter_server()
@@ -82,14 +87,11 @@ def enter_scheduler(hf_config: Any) -> None:
 
 
 def _enter_server() -> None:
-    global _server_pid
-    is_new, _server_pid = _server_pid != os.getpid(), os.getpid()
-    seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "server")
-    if is_new and multiprocessing.parent_process() is None:
-        from sglang.srt.encode_only import line_keys
+    from sglang.srt.managers import tokenizer_manager
 
-        # Once: a running server has given them away.
-        line_keys.make_keys()
+    seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "server")
+    # A scheduler ends once it has answered its lines, of which the tokenizer manager does not know.
+    tokenizer_manager._SCHEDULER_EXIT_TIMEOUT_SECS = EXIT_SECONDS
     if http_server := sys.modules.get("sglang.srt.entrypoints.http_server"):
         from sglang.srt.encode_only import http_api
 

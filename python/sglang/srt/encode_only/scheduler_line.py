@@ -4,9 +4,9 @@ They join those of srt's tokenizer manager where the scheduler receives, are sch
 other, and leave where answers and refusals leave: srt's own server in Rust, which lives in the
 scheduler's process too, is joined at the same three places.
 
-What the server alone knows it tells the scheduler: as what its encoder is served, and of which
-weights. And while it may have been told to stop (to pause, to release memory), callers are sent to
-it, by HTTP, until a request comes from there.
+What the server alone knows it tells the scheduler: as what its encoder is served, of which weights,
+and that it takes no more. And once it was paused, callers are sent to it, by HTTP, until a request
+comes from there.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ from sglang.srt.managers.io_struct import (
     ConfigureLoggingReq,
     ContinueGenerationReqInput,
     PauseGenerationReqInput,
-    ReleaseMemoryOccupationReqInput,
-    ResumeMemoryOccupationReqInput,
     ShutdownReq,
     TokenizedEmbeddingReqInput,
     UpdateWeightFromDiskReqInput,
@@ -60,15 +58,16 @@ logger = logging.getLogger(__name__)
 MAX_CALLERS = 1024
 """Most lines at a time; who finds none speaks HTTP."""
 
-_STOPS = (PauseGenerationReqInput, ReleaseMemoryOccupationReqInput)
+MAX_ACCEPTED = 32
+"""Most new ones before the scheduler goes on; others wait, and do not keep it."""
+
 _GOES_ON = (
     BatchTokenizedEmbeddingReqInput,
     ContinueGenerationReqInput,
-    ResumeMemoryOccupationReqInput,
     TokenizedEmbeddingReqInput,
 )
 
-_NEEDS_PEACE = (ShutdownReq, ReleaseMemoryOccupationReqInput, UpdateWeightFromDiskReqInput)
+_NEEDS_PEACE = (ShutdownReq, UpdateWeightFromDiskReqInput)
 """What comes when no request is under way, as far as the tokenizer manager knows."""
 
 _line: SchedulerLine | None = None
@@ -123,7 +122,7 @@ class SchedulerLine:
     """
 
     def __init__(self, keys: Keys):
-        self._key, self._server_key = (key.encode() for key in keys)
+        self._key, self._server_key = keys.callers.encode(), keys.server.encode()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         self._listener.bind(name_of(keys.callers))
         self._listener.listen(128)
@@ -135,6 +134,7 @@ class SchedulerLine:
         self._info: EncoderInfo | None = None
         self._updates = 0
         self._open = True
+        self._ends = False
         self._paused = False
         self._watched = False
         self._waiting_for_peace: list[Any] = []
@@ -152,15 +152,17 @@ class SchedulerLine:
         for one in received:
             if isinstance(one, _GOES_ON):
                 self._open = True
-            elif isinstance(one, _STOPS) or (isinstance(one, AbortReq) and one.abort_all):
+            elif isinstance(one, PauseGenerationReqInput) or (
+                isinstance(one, AbortReq) and one.abort_all
+            ):
                 self._open = False
             if isinstance(one, (PauseGenerationReqInput, ContinueGenerationReqInput)):
                 self._paused = isinstance(one, PauseGenerationReqInput)
             if isinstance(one, ConfigureLoggingReq) and one.log_requests is not None:
                 self._watched = one.log_requests
         asked: list[Any] = []
-        # Of a new caller the connection, its key, its request.
-        for _ in range(3):
+        # Of a new caller the connection, then what it says.
+        for _ in range(2):
             ready = self._epoll.poll(0)
             for fd, _ in ready:
                 caller = self._callers.get(fd)
@@ -231,6 +233,7 @@ class SchedulerLine:
 
     def _be_told(self, message: bytes) -> None:
         served = msgspec.json.decode(message, type=Served)
+        self._ends |= served.info is None
         # It may have been on its way while an update began.
         if served.updates >= self._updates:
             self._info = served.info
@@ -242,7 +245,7 @@ class SchedulerLine:
         waiting += [one for one in received if isinstance(one, _NEEDS_PEACE)]
         if waiting:
             # What came with it has been heard.
-            self._open &= not any(isinstance(one, ShutdownReq) for one in waiting)
+            self._ends |= any(isinstance(one, ShutdownReq) for one in waiting)
             received = [one for one in received if not isinstance(one, _NEEDS_PEACE)]
             if self._paused or not (self._calls or holds_batch):
                 received += waiting
@@ -251,7 +254,7 @@ class SchedulerLine:
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
-            while True:
+            for _ in range(MAX_ACCEPTED):
                 sock, _ = self._listener.accept()
                 if len(self._callers) >= MAX_CALLERS:
                     for caller in [one for one in self._callers.values() if not one.admitted]:
@@ -273,7 +276,8 @@ class SchedulerLine:
             message = b""
         if not caller.admitted and hmac.compare_digest(message, self._key):
             caller.admitted = True
-            return ()
+            # Its request is heard with it, before others say that there shall be none.
+            return self._hear(caller)
         key, _, rest = message.partition(b" ")
         if not caller.admitted and hmac.compare_digest(key, self._server_key):
             self._be_told(rest)
@@ -301,6 +305,7 @@ class SchedulerLine:
         info = self._info
         if (
             not self._open
+            or self._ends
             or self._watched
             or info is None
             or asked.memory is None

@@ -316,6 +316,19 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         Seam(
             target=f"sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin.{function}",
             kind="around",
+            hook="sglang.srt.encode_only.service:refuse_sleep",
+            parameters=("self", "obj", "request"),
+            process="server",
+            reason="Encoders are asked past what knows that memory was released, and the scheduler "
+            "ends where it is taken again without having been released.",
+            upstream="requests that are answered with 503 until it is resumed",
+        )
+        for function in ("release_memory_occupation", "resume_memory_occupation")
+    ),
+    *(
+        Seam(
+            target=f"sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin.{function}",
+            kind="around",
             hook="sglang.srt.encode_only.service:refuse_update",
             parameters=("self", "obj", "request"),
             process="server",

@@ -16,7 +16,7 @@ from typing import Any
 
 import fastapi
 import torch
-from sglang.srt.encode_only import packing, wire
+from sglang.srt.encode_only import line_keys, packing, wire
 from sglang.srt.encode_only.encoders import info_of
 from sglang.srt.encode_only.outputs import given_up, refusal, unpack
 from sglang.srt.encode_only.request import (
@@ -48,10 +48,24 @@ class EncodeService:
         self._tokenizer: Any = tokenizer_manager.tokenizer
         self._cutter: Any = None
         self._cutting = threading.Lock()
+        # Which tells gRPC's server, where there is one.
+        self._tell_others = self._manager._engine_state_changed_callback
+        self._manager.set_engine_state_changed_callback(self._state_changed)
         if self._tokenizer is not None:
             # The first call clears what truncation and padding the tokenizer's file asks for;
             # afterwards a call changes nothing, and threads may call at once.
             self._tokenizer(["first"])
+
+    def _state_changed(self) -> None:
+        if self.ends:
+            line_keys.tell(None, self.updates)
+        if self._tell_others is not None:
+            self._tell_others()
+
+    @property
+    def ends(self) -> bool:
+        """Whether the server was told to stop."""
+        return bool(self._manager.gracefully_exit)
 
     @property
     def updates(self) -> int:
@@ -78,7 +92,7 @@ class EncodeService:
 
     def check_ready(self) -> None:
         """Raises RequestError (503) where a request would wait for nothing."""
-        if self._manager.gracefully_exit:
+        if self.ends:
             raise RequestError("The server is shutting down.", status=503)
         if self._manager.is_pause:
             raise RequestError(
@@ -254,6 +268,18 @@ async def refuse_update(
     return False, "An encoder takes weights from a folder alone: POST /update_weights_from_disk."
 
 
+async def refuse_sleep(original: Any, self: TokenizerManager, *args: Any, **kwargs: Any) -> None:
+    """AROUND what of TokenizerManager releases memory, and takes it again.
+
+    Raises:
+        ValueError: always; requests would be answered from what is gone.
+    """
+    raise ValueError(
+        "An encoder's memory is not released while it serves, since requests would be answered "
+        "from what is gone; stop the server, and start it again when it is needed."
+    )
+
+
 @functools.lru_cache(maxsize=1)
 def service_of(tokenizer_manager: TokenizerManager) -> EncodeService:
     """The service over a process's tokenizer manager."""
@@ -309,7 +335,11 @@ def validate(
                 f"The input has {len(input_ids)} tokens, but at most {info.max_length} are taken; "
                 "shorten it."
             )
-        del input_ids[info.max_length :]
+        # The token that ends a text stays: CLIP's vector is its state.
+        special = getattr(self.tokenizer, "all_special_ids", ())
+        ends = input_ids[-1] in special and info.max_length > 1
+        cut = slice(info.max_length - 1, -1) if ends else slice(info.max_length, None)
+        del input_ids[cut]
     EncodeInput(token_ids=input_ids).check(info)
     original(self, obj, input_ids)
 

@@ -41,8 +41,13 @@ WRITE_AT_ONCE = 1 << 20
 MAX_WRITERS = 4
 
 _NAME = "sglang-encode"
-F_SEAL_SHRINK = 2
-"""As Linux's fcntl.h has it, and Python's fcntl does not."""
+F_SEAL_SHRINK = 0x2
+F_SEAL_EXEC = 0x20
+"""As Linux's fcntl.h has them, and Python's fcntl does not. The latter, which changes nothing here,
+is on every such file where the system says so (`vm.memfd_noexec`)."""
+
+_forks = 0
+"""How many of this process there are, and of those that it is a fork of."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -73,7 +78,8 @@ class Offer(msgspec.Struct, frozen=True):
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-            if seals & ~F_SEAL_SHRINK or os.pread(fd, BODY, 0) != _head(self.token):
+            allowed = F_SEAL_SHRINK | F_SEAL_EXEC
+            if seals & ~allowed or os.pread(fd, BODY, 0) != _head(self.token):
                 raise ValueError(f"{path} is other memory than what was offered")
             yield fd
         finally:
@@ -157,9 +163,11 @@ class Memory:
 
     Attributes:
         lines: a connection to whoever writes there, if there is one; it ends with the file.
+        forks: how many there were when it was made. A later one has what it holds too.
     """
 
     def __init__(self) -> None:
+        self.forks = _forks
         self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self.lines: list[socket.socket] = []
         self.close = weakref.finalize(self, _close, self.fd, self.lines)
@@ -240,8 +248,21 @@ class Memories:
             self._kept.pop().close()
 
     def _give_back(self, memory: Memory) -> None:
-        large = os.fstat(memory.fd).st_size > MAX_KEPT_BYTES
-        if self._closed or large or len(self._kept) >= MAX_KEPT:
+        # Where another process has the answer, it is to stay what it is.
+        alone = memory.forks == _forks
+        if self._closed or not alone or len(self._kept) >= MAX_KEPT or _is_large(memory):
             memory.close()
         else:
             self._kept.append(memory)
+
+
+def _is_large(memory: Memory) -> bool:
+    return os.fstat(memory.fd).st_size > MAX_KEPT_BYTES
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(before=_count_fork)

@@ -47,19 +47,18 @@ class Unanswered(httpx.ReadError):
 class Waiting:
     """A caller's wait for one answer, which another thread may end.
 
+    Args:
+        seconds: that it lasts at most from now on, on however many connections; None for ever.
+
     Attributes:
         lost: whether a connection has ended that had the request, perhaps with who was there.
     """
 
-    def __init__(self) -> None:
-        self.deadline = Deadline(None)
+    def __init__(self, seconds: float | None) -> None:
+        self.deadline = Deadline(seconds)
         self.lost = False
         self._sock: socket.socket | None = None
         self._abandoned = False
-
-    def begin(self, seconds: float | None) -> None:
-        """From now on the time runs, on however many connections; None for ever."""
-        self.deadline = Deadline(seconds)
 
     def over(self, sock: socket.socket, request: httpx.Request) -> tuple[httpx.Response, bool]:
         """The whole answer by HTTP, and whether the connection may be used again."""
