@@ -12,7 +12,8 @@ import pytest
 import torch
 from sglang.multimodal_gen.configs.pipeline_configs.flux import FluxPipelineConfig
 from sglang.multimodal_gen.runtime.disaggregation.roles import RoleType
-from sglang.multimodal_gen.runtime.srt_encoder import deployment
+from sglang.multimodal_gen.runtime.pipelines import sana_wm_realtime_pipeline
+from sglang.multimodal_gen.runtime.srt_encoder import deployment, option
 from sglang.multimodal_gen.runtime.utils import hf_diffusers_utils
 
 
@@ -50,6 +51,7 @@ def server_args(flux: Path, place: str, **more: Any) -> Any:
     given = {
         "model_path": str(flux),
         "model_subfolder": None,
+        "pipeline_class_name": "FluxPipeline",
         "revision": None,
         "pipeline_config": config,
         "component_paths": {},
@@ -87,6 +89,24 @@ def test_the_gpu_of_the_workers_is_the_servers_too(
     assert gpus() == {"2"} and launched[-1] == ([[2], [4]], [[1]], [[0]])
 
 
+def test_prompts_of_any_length_that_a_pipeline_may_make(
+    flux: Path, started: list[tuple[str, ...]]
+) -> None:
+    """CLIP has 77 positions, T5 as many as are asked for."""
+    deployment.launch(lambda _: None, server_args(flux, "server"))
+    assert [one[one.index("--context-length") + 1] for one in started] == ["77", "16384"]
+
+
+def test_nothing_is_read_or_started_for_native_encoders(started: list[tuple[str, ...]]) -> None:
+    args = server_args(Path("/nowhere"), "native")
+    launched: list[Any] = []
+    deployment.launch(launched.append, args)
+    assert launched == [args] and not started
+    overrides: list[dict[str, Any]] = []
+    option.keep_for_role(lambda *_, **given: overrides.append(given), args, RoleType.ENCODER)
+    assert overrides == [{}]
+
+
 def test_a_cpu_has_no_number(flux: Path, started: list[tuple[str, ...]]) -> None:
     if not deployment.current_platform.is_cpu():
         pytest.skip("there is a GPU here")
@@ -111,8 +131,8 @@ def test_a_component_may_be_in_a_folder_of_another_repository(
     asked: list[str] = []
 
     def download(repository: str, **_: Any) -> str:
-        asked.append(repository)
-        assert repository == "org/encoders"
+        if repository != str(flux):
+            asked.append(repository)
         return str(flux)
 
     monkeypatch.setattr(hf_diffusers_utils, "maybe_download_model", download)
@@ -122,3 +142,18 @@ def test_a_component_may_be_in_a_folder_of_another_repository(
     assert on_srt.folder == str(flux / "text_encoder_2") and asked == ["org/encoders"]
     assert native.folder == "org/encoders/no" and native.weight_bytes() is None
     assert on_srt.dtype == torch.bfloat16 and on_srt.weight_bytes()
+
+
+def test_a_folder_is_where_the_pipeline_has_it(flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SANA-WM in real time has its text encoder from another repository."""
+    asked: list[str] = []
+
+    def download(repository: str, **_: Any) -> str:
+        asked.append(repository)
+        return "/gemma"
+
+    monkeypatch.setattr(sana_wm_realtime_pipeline, "maybe_download_model", download)
+    args = server_args(flux, "server", pipeline_class_name="SanaWMRealtimePipeline")
+    first, second = deployment.text_encoders(args)
+    assert first.folder == "/gemma" and asked == ["Efficient-Large-Model/gemma-2-2b-it"] * 2
+    assert second.folder == str(flux / "text_encoder_2")

@@ -58,7 +58,7 @@ def test_every_seam_fits_and_one_that_does_not_is_named(
     ended: dict[str, subprocess.CompletedProcess[str]],
 ) -> None:
     assert ended["seams"].returncode == 0, ended["seams"].stderr
-    assert "CHECKED 23" in ended["seams"].stdout
+    assert "CHECKED 24" in ended["seams"].stdout
 
 
 @pytest.mark.parametrize("program", ["help", "help, platform named"])

@@ -11,8 +11,16 @@ import torch
 from sglang.multimodal_gen.configs.models.encoders import T5Config
 from sglang.multimodal_gen.runtime.cache.conditioning import ConditioningCache
 from sglang.multimodal_gen.runtime.models.encoders.base import TextEncoder
+from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks
+from sglang.multimodal_gen.runtime.post_training.gpu_worker_post_training_mixin import (
+    GPUWorkerPostTrainingMixin,
+)
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
-from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError, SrtTextEncoder
+from sglang.multimodal_gen.runtime.srt_encoder.encoder import (
+    EncoderError,
+    InputRefused,
+    SrtTextEncoder,
+)
 from sglang.multimodal_gen.runtime.srt_encoder.reads import Reads
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
@@ -125,7 +133,7 @@ def test_a_mask_with_a_hole_is_refused(make, batch):
 def test_token_ids_out_of_range_name_the_component(make, batch):
     ids, mask = batch
     ids[0, 0] = 600
-    with pytest.raises(EncoderError, match="text_encoder_2 on srt: Input 0: Token id 600"):
+    with pytest.raises(InputRefused, match="text_encoder_2 on srt refused the prompt: Input 0: T"):
         make(torch.float32)(input_ids=ids, attention_mask=mask)
 
 
@@ -151,6 +159,18 @@ def test_it_has_no_weights_and_counts_as_a_native_encoder(make):
     encoder = make(torch.float32)
     assert isinstance(encoder, TextEncoder)
     assert not list(encoder.parameters()) and not list(encoder.buffers())
+
+
+def test_the_checksum_of_its_weights_is_not_that_of_none(make):
+    apply_plugin_hooks()
+    worker = GPUWorkerPostTrainingMixin()
+    worker.pipeline = SimpleNamespace(
+        modules={"text_encoder_2": make(torch.float32), "vae": torch.nn.Linear(2, 2)}
+    )
+    found = worker.get_weights_checksum()
+    assert found["text_encoder_2"] == "on srt" and len(found["vae"]) == 64
+    asked = worker.get_weights_checksum(module_names=["text_encoder_2", "text_encoder"])
+    assert asked == {"text_encoder_2": "on srt", "text_encoder": "not_found"}
 
 
 def test_a_prompt_that_comes_again_is_answered_by_the_runtime_s_cache(make, asked, batch):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks
 
 
@@ -94,11 +95,33 @@ def test_bad_values_end_the_start(flux: Path, option: str, message: str):
         parsed(flux, "--srt-encoders", *option.split())
 
 
-def test_options_of_native_weights_are_refused(flux: Path):
-    with pytest.raises(ValueError, match="text_encoder_2 is for a native encoder"):
-        given(flux, srt_encoders="srt", component_quantizations={"text_encoder_2": "fp8"})
-    beside = {"text_encoder": "fp8"}
-    given(flux, srt_encoders="text_encoder_2=srt", component_quantizations=beside)
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("component_quantizations", "fp8"),
+        ("component_attention_backends", "torch_sdpa"),
+    ],
+)
+def test_options_of_a_native_encoder_are_refused(flux: Path, flag: str, value: str):
+    for place in ("srt", "server", "http://10.0.0.7:30000"):
+        placed = f"text_encoder_2={place}"
+        with pytest.raises(ValueError, match="text_encoder_2 is for a native encoder"):
+            given(flux, srt_encoders=placed, **{flag: {"text_encoder_2": value}})
+    given(flux, srt_encoders="text_encoder_2=srt", **{flag: {"text_encoder": value}})
+
+
+def test_an_attention_backend_of_one_role_is_refused(flux: Path):
+    backends = {"text_encoder_2.self": "torch_sdpa"}
+    with pytest.raises(ValueError, match=r"--component-attention-backends.text_encoder_2 is for"):
+        given(flux, srt_encoders="srt", component_attention_backends=backends)
+
+
+@pytest.mark.parametrize("way", ["fold", "dp"])
+def test_splitting_an_encoder_of_the_worker_is_refused(flux: Path, way: str):
+    with pytest.raises(ValueError, match=f"one rank encodes for all, but --encoder-parallel {way}"):
+        given(flux, srt_encoders="text_encoder_2=srt", encoder_parallel=way)
+    for elsewhere in ("server", "http://10.0.0.7:30000", "native"):
+        given(flux, srt_encoders=f"text_encoder_2={elsewhere}", encoder_parallel=way)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +186,17 @@ def test_a_worker_starts_though_an_encoder_has_no_layers_to_offload(
     assert type(strategy).__name__ == "ResidentStrategy"
 
 
+def test_an_encoder_of_the_worker_takes_prompts_of_any_length(flux: Path):
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
+    from sglang.multimodal_gen.runtime.srt_encoder.loader import SrtTextEncoderLoader
+
+    made = ServerArgs.from_kwargs(model_path=str(flux), srt_encoders="text_encoder_2=srt")
+    loader = SrtTextEncoderLoader()
+    loader.component_architecture = "T5EncoderModel"
+    encoder = loader.load_customized(str(flux / "text_encoder_2"), made, "text_encoder_2")
+    assert encoder(input_ids=torch.full((1, 4096), 5)).last_hidden_state.shape[:2] == (1, 4096)
+
+
 def test_an_encoder_of_the_worker_that_is_said_to_stay(flux: Path):
     given(flux, srt_encoders="text_encoder_2=srt", text_encoder_cpu_offload=False)
 
@@ -170,3 +204,46 @@ def test_an_encoder_of_the_worker_that_is_said_to_stay(flux: Path):
 def test_a_pipeline_that_runs_in_plain_diffusers_is_refused(flux: Path):
     with pytest.raises(ValueError, match="runs in plain diffusers"):
         given(flux, srt_encoders="srt", backend="diffusers")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("MiniMax-H3", "MiniMaxH3PipelineConfig encodes its prompts in a way of its own"),
+        ("Ming-Image-0.1-Design", "MingImagePipelineConfig encodes its prompts in a way of its"),
+        ("Hunyuan3D-2", "Hunyuan3D2PipelineConfig encodes its prompts in a way of its own"),
+        ("flux-3-image", "Flux3ImagePipelineConfig encodes its prompts in a way of its own"),
+        ("SANA-Video_2.0", "SanaVideo2Pipeline gathers its parts from elsewhere than a diffusers"),
+        ("FLUX.2-dev-NVFP4", "Flux2NvfpPipeline gathers its parts from elsewhere than a diff"),
+    ],
+)
+def test_pipelines_without_a_diffusers_folder_are_refused_by_name(
+    name: str, message: str, tmp_path: Path
+):
+    folder = tmp_path / name
+    folder.mkdir()
+    with pytest.raises(ValueError, match=f"--srt-encoders: {message}"):
+        given(folder, srt_encoders="srt")
+
+
+def test_native_needs_nothing_of_the_pipeline(tmp_path: Path):
+    folder = tmp_path / "MiniMax-H3"
+    folder.mkdir()
+    for option in ("native", "text_encoder=native"):
+        given(folder, srt_encoders=option)
+
+
+def test_a_pipeline_in_a_subfolder(flux: Path, tmp_path: Path):
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
+    from sglang.multimodal_gen.runtime.srt_encoder.deployment import text_encoders
+
+    (tmp_path / "part").symlink_to(flux)
+    made = ServerArgs.from_kwargs(
+        model_path=str(tmp_path),
+        model_subfolder="part",
+        backend="sglang",
+        pipeline_class_name="FluxPipeline",
+        srt_encoders="srt",
+    )
+    folders = [Path(one.folder) for one in text_encoders(made)]
+    assert folders == [tmp_path / "part" / "text_encoder", tmp_path / "part" / "text_encoder_2"]

@@ -109,6 +109,20 @@ def test_a_place_for_every_encoder_is_for_those_that_srt_serves(option: Option, 
     assert tuple(placements.of(*encoder) for encoder in MIXED.items()) == places
 
 
+@pytest.mark.parametrize(
+    ("option", "native"),
+    [
+        ("native", True),
+        ({}, True),
+        ("native text_encoder_2=native", True),
+        ("native text_encoder_2=srt", False),
+        (ONE, False),
+    ],
+)
+def test_whether_all_is_as_stock_has_it(option: Option, native: bool):
+    assert read(option).native == native
+
+
 def test_srt_serves_every_encoder_of_flux():
     placements = read("srt")
     placements.check("flux", FLUX)

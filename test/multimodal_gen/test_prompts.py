@@ -23,6 +23,7 @@ from sglang.multimodal_gen.runtime.srt_encoder import deployment
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import Noted, SrtTextEncoder
 from sglang.multimodal_gen.runtime.srt_encoder.reads import reads_of
+from sglang.multimodal_gen.runtime.utils import hf_diffusers_utils
 from sglang.srt.encode_only.request import EncoderInfo
 from transformers import PixtralImageProcessor, PixtralProcessor
 
@@ -54,7 +55,12 @@ PROMPTS = {
     "long": ["two boats on a lake at dawn " * 400],
 }
 CHECKPOINT = Checkpoint(
-    architecture="Any", num_layers=40, hidden_size=8, vocab_size=10**6, pooled_size=8
+    architecture="Any",
+    num_layers=40,
+    hidden_size=8,
+    vocab_size=10**6,
+    max_length=10**6,
+    pooled_size=8,
 )
 INFO = EncoderInfo(
     model="any",
@@ -201,6 +207,7 @@ def test_pads_on_the_left_that_are_read_end_the_start(
     server_args: Any = SimpleNamespace(
         model_path=str(tmp_path),
         model_subfolder=None,
+        pipeline_class_name="Flux2Pipeline",
         revision=None,
         pipeline_config=config,
         component_paths={},
@@ -210,7 +217,7 @@ def test_pads_on_the_left_that_are_read_end_the_start(
         base_gpu_id=0,
     )
     # It has no weights.
-    monkeypatch.setattr(deployment, "maybe_download_model", lambda path, **_: path)
+    monkeypatch.setattr(hf_diffusers_utils, "maybe_download_model", lambda path, **_: path)
     launched = []
     expected: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if (side, place) == ("left", "srt"):
@@ -229,5 +236,5 @@ def test_stages_that_do_more_than_encode_are_those_of_pipelines_that_are_refused
     }
     assert found - {"text_encoding.py"} == DO_MORE.keys()
     for name in DO_MORE.values():
-        with pytest.raises(ValueError, match=f"{name} .*Leave text_encoder native"):
+        with pytest.raises(ValueError, match=f"{name} .*Leave .* native"):
             reads_of(config_classes()[name](), "text_encoder")

@@ -8,17 +8,27 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import fastapi
 import pytest
 import torch
 import transformers
+from fastapi.testclient import TestClient
 from relay import Relay
+from sglang.multimodal_gen.runtime.srt_encoder import http_app
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError
 from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
 from sglang.srt.encode_only import wire
 from sglang.srt.encode_only.local_server import LocalServer
-from sglang.srt.encode_only.request import EncodeInput, EncodeOutput, EncoderInfo, EncodeSpec
+from sglang.srt.encode_only.request import (
+    EncodeInput,
+    EncodeOutput,
+    EncoderInfo,
+    EncodeSpec,
+    RequestError,
+)
 
 TIMEOUT = 5.0
 
@@ -177,6 +187,39 @@ def test_a_pooled_vector_of_another_width_is_refused(relays, tmp_path: Path) -> 
                 continue
             with pytest.raises(EncoderError, match=f"rows of {width} where the pipeline has 16"):
                 ask(inputs)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "answered"),
+    [
+        (400, "`input` is no prompt", 400),
+        (413, "`input` is too large", 400),
+        (401, "it asks for its API key", 503),
+        (500, "it answered 500", 503),
+    ],
+)
+def test_only_what_is_wrong_with_a_prompt_is_the_caller_s_fault(
+    status: int, said: str, answered: int, relays, t5_folder: Path
+) -> None:
+    """As the diffusion server says it, to which the worker's error comes as text."""
+    body = wire.write_error(RequestError(said, status=status))
+    head = (
+        f"HTTP/1.1 {status} X\r\nContent-Type: {wire.JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    ask = EncodeServers("text_encoder_2", [relays[0].url], Checkpoint.read(str(t5_folder)), TIMEOUT)
+    with relays[0].saying(head.encode() + body), pytest.raises(EncoderError, match=said) as raised:
+        ask(prompt(1))
+    assert relays[0].url in str(raised.value)
+    app = fastapi.FastAPI()
+    http_app.extend(app, SimpleNamespace(pipeline_config=None))  # type: ignore[arg-type]
+
+    @app.post("/v1/images/generations")
+    def generate() -> None:
+        raise RuntimeError(f"Model generation returned no output. Error: {raised.value}")
+
+    answer = TestClient(app).post("/v1/images/generations")
+    assert answer.status_code == answered
+    assert answer.json()["error"]["message"] == str(raised.value)
 
 
 def test_calls_at_once_use_both(relays, up, t5_folder) -> None:

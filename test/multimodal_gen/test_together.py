@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES
+from relay import Relay
+from sglang.multimodal_gen.configs.models.encoders import T5Config
 from sglang.multimodal_gen.runtime.cache.conditioning import ConditioningCache
+from sglang.multimodal_gen.runtime.managers.memory_managers.component_manager import (
+    ComponentResidencyManager,
+    ComponentUse,
+)
 from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks
 from sglang.multimodal_gen.runtime.srt_encoder import together
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
+from sglang.multimodal_gen.runtime.srt_encoder.early import Early
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError, SrtTextEncoder
-from sglang.multimodal_gen.runtime.srt_encoder.reads import reads_of
+from sglang.multimodal_gen.runtime.srt_encoder.reads import Reads, reads_of
+from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
 from sglang.srt.encode_only.in_process import InProcessEncoder
+from sglang.srt.encode_only.local_server import LocalServer
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
 from transformers import AutoTokenizer
 
@@ -164,10 +177,69 @@ def test_a_stage_that_changes_prompts_is_asked_for_what_it_makes_of_them(make) -
         torch.testing.assert_close(one.prompt_embeds, alone.prompt_embeds, rtol=1e-5, atol=5e-6)
 
 
+def test_the_order_in_which_components_are_used_is_the_stage_s(make) -> None:
+    """By it, what comes next is brought to the device."""
+    made = make(True)
+    later = ComponentUse("denoise", "transformer", memory_intensive=True)
+    denoise = SimpleNamespace(component_uses=lambda *_: [later])
+    modules = dict(zip(FAMILIES["SD3"].components, made.stage.text_encoders, strict=True))
+    pipeline: Any = SimpleNamespace(
+        component_residency_strategies={},
+        modules=modules,
+        _stage_name_mapping={"text": made.stage, "denoise": denoise},
+    )
+    manager = ComponentResidencyManager(pipeline, made.server_args)
+    manager.refresh_pipeline(pipeline)
+    one = request("a fox", None)
+    stages: Any = [made.stage, denoise]
+    manager.begin_request(stages, one, made.server_args)
+    manager.before_stage(made.stage, 0, one, made.server_args)
+    made.stage.set_component_residency_manager(manager)
+    made.stage.forward(one, made.server_args)
+    assert made.calls() == [[1]] * 3
+    assert manager.state.future_uses == (later,)
+
+
+def test_a_start_up_s_warm_up_waits_for_servers_that_are_started_with_it(
+    t5_folder: Path, t5_server: LocalServer
+) -> None:
+    """Its failure would end the start. Any other request is told at once."""
+    relay = Relay()
+    checkpoint = Checkpoint.read(str(t5_folder))
+    encoder = SrtTextEncoder(
+        T5Config(),
+        component="text_encoder",
+        encode=Early(EncodeServers("text_encoder", [relay.url], checkpoint, WAIT)),
+        checkpoint=checkpoint,
+        reads=Reads(last=True),
+        dtype=torch.float32,
+        elsewhere=True,
+    )
+    stage: Any = SimpleNamespace(text_encoders=[encoder])
+
+    def encode(self: Any, batch: Any, server_args: Any) -> Any:
+        return encoder(input_ids=torch.tensor([[3, 4, 1]])).last_hidden_state
+
+    asked = request("a fox", None)
+    for warmup in ({}, {"is_warmup": True}):
+        vars(asked).update(warmup)
+        with pytest.raises(EncoderError, match="refused"):
+            together.one(encode, stage, asked, None)
+    asked.extra["server_based_warmup"] = True
+    with ThreadPoolExecutor(1) as pool:
+        warm = pool.submit(together.one, encode, stage, asked, None)
+        time.sleep(0.5)
+        assert not warm.done()
+        with relay.to(t5_server.url):
+            assert warm.result().shape == (1, 3, encoder.checkpoint.hidden_size)
+    with pytest.raises(EncoderError, match="refused"):
+        together.one(encode, stage, request("a fox", None), None)
+
+
 def test_a_prompt_that_is_refused_fails_alone(make) -> None:
     stage = make(False)
     t5 = stage.stage.tokenizers[2]
     t5.add_tokens(["<unheard-of>"])
-    with pytest.raises(EncoderError, match="text_encoder_3 on srt: Input 0: Token id"):
+    with pytest.raises(EncoderError, match=r"text_encoder_3 on srt refused .*: Input 0: Token"):
         stage.run("a fox", "<unheard-of>")
     stage.run("a fox", "two boats")

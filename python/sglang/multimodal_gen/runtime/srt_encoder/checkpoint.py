@@ -14,6 +14,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {"gemma2": {"attn_logit_softcapping": Non
 Gemma2's has no soft-cap. A pipeline's pictures are those of its native encoder, so that srt's gets
 this as `--json-model-override-args`."""
 
+LONGEST = 1 << 14
+"""Most tokens of a prompt, where a model has positions for as many: as srt has in a batch, so that
+it takes no more memory than fewer would."""
+
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """What a pipeline's encoder folder holds, and a server has to serve in its place.
@@ -23,6 +27,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
         num_layers: number of blocks.
         hidden_size: width of a hidden state.
         vocab_size: token ids are below it.
+        max_length: most tokens of a prompt that it is to take.
         pooled_size: width of the pooled vector, None where there is none.
         end_of_text: the token id whose state is pooled; None for the largest of an input.
         overrides: of its config, as OVERRIDES has them.
@@ -32,6 +37,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     num_layers: int
     hidden_size: int
     vocab_size: int
+    max_length: int
     pooled_size: int | None = None
     end_of_text: int | None = None
     overrides: dict[str, Any] = {}
@@ -47,11 +53,13 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
         encoder = encoder_of(config)
         text = getattr(config, "text_config", config)
         eos = text.eos_token_id
+        positions = getattr(text, encoder.max_positions, None) if encoder.max_positions else None
         return cls(
             architecture=config.architectures[0],
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
+            max_length=min(positions or LONGEST, LONGEST),
             pooled_size=getattr(text, encoder.pooled_size) if encoder.pooled_size else None,
             end_of_text=None if eos == 2 or not isinstance(eos, int) else eos,
             overrides=OVERRIDES.get(text.model_type.removesuffix("_text"), {}),

@@ -36,10 +36,6 @@ from sglang.multimodal_gen.runtime.srt_encoder.placement import (
 )
 from sglang.multimodal_gen.runtime.srt_encoder.reads import index_of, reads_of
 from sglang.multimodal_gen.runtime.srt_encoder.servers import API_KEY
-from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import (
-    maybe_download_model,
-    prepare_diffusers_component_path_for_loading,
-)
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
 from sglang.srt.encode_only.client import shown
@@ -73,7 +69,9 @@ class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
 
     def start(self, host: str, port: int | None, gpu: int) -> KeptServer:
         """Begins to start a server for it, where there are GPUs on the one of this number."""
+        checkpoint = Checkpoint.read(self.folder)
         arguments = ["--dtype", str(self.dtype).removeprefix("torch.")]
+        arguments += ["--context-length", str(checkpoint.max_length)]
         if current_platform.is_cpu():
             arguments += ["--device", "cpu"]
         else:
@@ -82,9 +80,8 @@ class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
             arguments += ["--skip-tokenizer-init"]
         if key := os.environ.get(API_KEY):
             arguments += ["--api-key", key]
-        overrides = Checkpoint.read(self.folder).overrides
-        if overrides:
-            arguments += ["--json-model-override-args", json.dumps(overrides)]
+        if checkpoint.overrides:
+            arguments += ["--json-model-override-args", json.dumps(checkpoint.overrides)]
         return KeptServer(
             self.component,
             self.folder,
@@ -128,7 +125,7 @@ def _launch(
         gpu: where the encoders' servers are, if anywhere.
     """
     role = server_args.disagg_role
-    if option.given_in(server_args.pipeline_config) is None or not (
+    if option.placements_in(server_args.pipeline_config).native or not (
         role == RoleType.MONOLITHIC or role.is_input_encoder
     ):
         return original(server_args, *args, **kwargs)
@@ -149,17 +146,17 @@ def _launch(
 def text_encoders(server_args: ServerArgs) -> list[TextEncoder]:
     """The text encoders of the pipeline, as the option places them."""
     classes = option.text_encoder_classes(server_args)
-    root = maybe_download_model(
-        server_args.model_path, force_diffusers_model=True, revision=server_args.revision
-    )
-    root = os.path.join(root, server_args.model_subfolder or "")
+    kind = option.pipeline_class(server_args)
+    # Only the class knows where its components are.
+    pipeline = kind.__new__(kind)
+    pipeline.model_path = option.pipeline_folder(server_args)
 
     def folder_of(component: str, on_srt: bool) -> str:
-        given = server_args.component_paths.get(component)
-        if given is None:
-            return os.path.join(root, component)
+        if on_srt:
+            return pipeline._resolve_component_path(server_args, component, component)
         # What a native one may be given besides folders is its loader's to find.
-        return prepare_diffusers_component_path_for_loading(given) if on_srt else given
+        given = server_args.component_paths.get(component)
+        return os.path.join(pipeline.model_path, component) if given is None else given
 
     encoders = []
     for component, architecture in classes.items():

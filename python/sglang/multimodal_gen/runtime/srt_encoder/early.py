@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import InputRefused, Key, key_of
 from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
@@ -59,6 +60,10 @@ class Early:
 
     def changed(self) -> bool:
         return self._servers.changed()
+
+    def patient(self) -> AbstractContextManager[None]:
+        """As of EncodeServers."""
+        return self._servers.patient()
 
     def begin(self, inputs: list[EncodeInput]) -> list[Key]:
         """Starts to encode what is not under way; what is called for once is kept no longer."""

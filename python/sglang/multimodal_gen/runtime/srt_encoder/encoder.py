@@ -38,7 +38,11 @@ class EncoderError(RuntimeError):
 
 
 class InputRefused(EncoderError):
-    """Because of what is in it; others may be encoded."""
+    """Because of what is in it; others may be encoded. The message says so in these words, since
+    it is all that reaches the caller's process."""
+
+    def __init__(self, component: str, why: str):
+        super().__init__(f"{component} on srt refused the prompt: {why}")
 
 
 class Noted(Exception):
@@ -187,7 +191,7 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
             `pooler_output`, `[batch, pooled_size]`.
 
         Raises:
-            EncoderError: nobody could encode it.
+            EncoderError: nobody could encode it; InputRefused, because of what it is.
             ValueError: the 1s of the mask are not together, or pads are read that come first.
         """
         if input_ids is None or inputs_embeds is not None or position_ids is not None:
@@ -320,6 +324,8 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
                 outputs = self._encode(inputs) if inputs else []
         except EncoderError:
             raise
+        except RequestError as error:
+            raise InputRefused(self.component, str(error)) from error
         except Exception as error:
             raise EncoderError(f"{self.component} on srt: {error}") from error
 

@@ -1,8 +1,8 @@
 """What `sglang serve` says of its encoders: why a prompt could not be encoded, and its health.
 
 Stock answers a failed image with a bare 500 and leaves the reason in the log; a video's reason it
-keeps with the video. Here an encoder's failure becomes a 503 with its message. And a server whose
-encoders are down is not healthy.
+keeps with the video. Here an encoder's failure becomes a 503 with its message, and a prompt that it
+refuses a 400. And a server whose encoders are down is not healthy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import fastapi
 from sglang.multimodal_gen.runtime.srt_encoder import option
-from sglang.multimodal_gen.runtime.srt_encoder.placement import Servers, read
+from sglang.multimodal_gen.runtime.srt_encoder.placement import Servers
 from sglang.multimodal_gen.runtime.srt_encoder.servers import API_KEY
 from sglang.srt.encode_only import wire
 from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderUnavailable
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
 # How `encoder.py` begins its messages. The worker's error arrives as text within another error.
-_ENCODER_ERROR = re.compile(r"text_encoder(_\d+)? on srt: .*", re.DOTALL)
+_ENCODER_ERROR = re.compile(
+    r"text_encoder(_\d+)? on srt(?P<refused> refused the prompt)?: .*", re.DOTALL
+)
 
 HEALTH_ROUTES = ("/health", "/health_generate")
 HEALTH_TIMEOUT = 3.0
@@ -36,7 +38,7 @@ HEALTH_TIMEOUT = 3.0
 def extend(app: fastapi.FastAPI, server_args: ServerArgs, *args: object, **kwargs: object) -> None:
     """AFTER `http_server.create_app`."""
     app.add_exception_handler(RuntimeError, _answer)
-    placements = read(option.given_in(server_args.pipeline_config) or "native")
+    placements = option.placements_in(server_args.pipeline_config)
     servers = {c: p.urls for c, p in placements.named.items() if isinstance(p, Servers)}
     if servers:
         app.add_middleware(EncoderHealth, servers=servers)
@@ -46,7 +48,7 @@ async def _answer(request: fastapi.Request, error: Exception) -> fastapi.Respons
     said = _ENCODER_ERROR.search(str(error))
     if said is None:
         raise error
-    status = 503
+    status = 400 if said["refused"] else 503
     body = wire.write_error(RequestError(said[0], status=status))
     return fastapi.Response(body, status, media_type=wire.JSON)
 

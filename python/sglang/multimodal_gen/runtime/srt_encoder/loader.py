@@ -115,5 +115,6 @@ def _encode(
         path,
         dtype=dtype,
         device=get_local_torch_device(),
+        context_length=checkpoint.max_length,
         json_model_override_args=json.dumps(checkpoint.overrides),
     ).encode

@@ -22,13 +22,15 @@ from sglang.multimodal_gen.runtime.srt_encoder.placement import (
     Native,
     Option,
     Placement,
+    Placements,
     read,
 )
-from sglang.multimodal_gen.runtime.srt_encoder.reads import reads_of
+from sglang.multimodal_gen.runtime.srt_encoder.reads import reads_of, refuse_own_way
 
 if TYPE_CHECKING:
     from sglang.multimodal_gen.configs.pipeline_configs import PipelineConfig
     from sglang.multimodal_gen.runtime.disaggregation.roles import RoleType
+    from sglang.multimodal_gen.runtime.pipelines_core import ComposedPipelineBase
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
 NAME = "srt_encoders"
@@ -68,10 +70,10 @@ def keep_for_role(
 ) -> ServerArgs:
     """AROUND `ServerArgs.for_disagg_role`, which makes the pipeline config anew from its class.
 
-    Where the option is given, the workers of a role get all that was given for the pipeline, so
+    Where an encoder is on srt, the workers of a role get all that was given for the pipeline, so
     that the same flags make the same picture with roles as without.
     """
-    if given_in(self.pipeline_config) is None:
+    if placements_in(self.pipeline_config).native:
         return original(self, role_type, **overrides)
     config = copy.deepcopy(self.pipeline_config)
     # Decided for the ranks of the parent's arguments; those of the role decide again.
@@ -80,31 +82,32 @@ def keep_for_role(
     return original(self, role_type, pipeline_config=config, **overrides)
 
 
-def given_in(config: PipelineConfig) -> Option | None:
-    """The option that `config` carries, None if none."""
-    return getattr(config, NAME, None)
+def placements_in(config: PipelineConfig) -> Placements:
+    """The option that `config` carries, read; all native if it carries none."""
+    option: Option | None = getattr(config, NAME, None)
+    return Placements() if option is None else read(option)
 
 
 def placement_of(server_args: ServerArgs, component: str, architecture: str | None) -> Placement:
     """Where `component` runs; `architecture` is its class in `model_index.json`."""
-    option = given_in(server_args.pipeline_config)
-    return Native() if option is None else read(option).of(component, architecture)
+    return placements_in(server_args.pipeline_config).of(component, architecture)
 
 
 def check(_result: object, server_args: ServerArgs) -> None:
     """AFTER `ServerArgs._validate_pipeline`: raises ValueError where the option does not fit."""
-    option = given_in(server_args.pipeline_config)
-    if option is None:
+    placements = placements_in(server_args.pipeline_config)
+    if placements.native:
         return
-    placements = read(option)
+    _refuse_pipeline(server_args)
     encoders = text_encoder_classes(server_args)
     placements.check(server_args.model_path, encoders)
     for component, architecture in encoders.items():
         placement = placements.of(component, architecture)
         if placement != Native():
-            _refuse_weight_options(server_args, component)
+            _refuse_options_of_native(server_args, component)
             if placement == InWorker():
                 _refuse_offload(server_args, component)
+                _refuse_splitting(server_args, component)
             try:
                 reads_of(server_args.pipeline_config, component)
             except ValueError as error:
@@ -119,19 +122,13 @@ def text_encoder_classes(server_args: ServerArgs) -> dict[str, str]:
 
 def component_classes(server_args: ServerArgs) -> dict[str, str]:
     """The class of each component of the pipeline, from its `model_index.json`."""
-    from sglang.multimodal_gen.configs.pipeline_configs.diffusers_generic import (
-        DiffusersGenericPipelineConfig,
-    )
     from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import maybe_download_model_index
 
-    model = server_args.model_path
-    if isinstance(server_args.pipeline_config, DiffusersGenericPipelineConfig):
-        raise ValueError(
-            f"{FLAG}: {model} runs in plain diffusers, which encodes its own prompts. Where sglang "
-            "has a pipeline for this model, name it with --model-id; otherwise leave the flag out."
-        )
-    folder = os.path.join(model, server_args.model_subfolder or "")
-    index = maybe_download_model_index(folder if os.path.isdir(folder) else model)
+    # Where that is a whole repository, the index alone is downloaded.
+    whole = server_args.model_subfolder is None
+    index = maybe_download_model_index(
+        server_args.model_path if whole else pipeline_folder(server_args)
+    )
     return {
         name: entry[1]
         for name, entry in index.items()
@@ -139,14 +136,70 @@ def component_classes(server_args: ServerArgs) -> dict[str, str]:
     }
 
 
-def _refuse_weight_options(server_args: ServerArgs, component: str) -> None:
-    """srt loads a component folder as it is."""
+def pipeline_folder(server_args: ServerArgs) -> str:
+    """The folder of the pipeline, downloaded if need be: where `ComposedPipelineBase` has it."""
+    from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import maybe_download_model
+
+    model, revision = server_args.model_path, server_args.revision
+    if server_args.model_subfolder is None:
+        return maybe_download_model(model, force_diffusers_model=True, revision=revision)
+    subfolder = os.path.normpath(server_args.model_subfolder)
+    root = maybe_download_model(model, allow_patterns=[f"{subfolder}/**"], revision=revision)
+    return os.path.join(root, subfolder)
+
+
+def pipeline_class(server_args: ServerArgs) -> type[ComposedPipelineBase]:
+    """The class of the pipeline, as `build_pipeline` finds it; ValueError if there is none."""
+    from sglang.multimodal_gen.registry import get_model_info, get_pipeline_class
+
+    if server_args.pipeline_class_name:
+        found = get_pipeline_class(server_args.pipeline_class_name)
+    else:
+        info = get_model_info(
+            server_args.model_path, backend=server_args.backend, model_id=server_args.model_id
+        )
+        found = info and info.pipeline_cls
+    if not found:
+        named = server_args.pipeline_class_name or server_args.model_path
+        raise ValueError(f"{FLAG}: sglang has no pipeline of its own for {named}.")
+    return found
+
+
+def _refuse_pipeline(server_args: ServerArgs) -> None:
+    """Raises ValueError where it is the whole pipeline that has no place for an encoder on srt."""
+    from sglang.multimodal_gen.configs.pipeline_configs.diffusers_generic import (
+        DiffusersGenericPipelineConfig,
+    )
+    from sglang.multimodal_gen.runtime.pipelines_core import ComposedPipelineBase
+
+    model = server_args.model_path
+    if isinstance(server_args.pipeline_config, DiffusersGenericPipelineConfig):
+        raise ValueError(
+            f"{FLAG}: {model} runs in plain diffusers, which encodes its own prompts. Where sglang "
+            "has a pipeline for this model, name it with --model-id; otherwise leave the flag out."
+        )
+    try:
+        refuse_own_way(server_args.pipeline_config)
+    except ValueError as error:
+        raise ValueError(f"{FLAG}: {error}") from None
+    pipeline = pipeline_class(server_args)
+    if pipeline._load_config is not ComposedPipelineBase._load_config:
+        raise ValueError(
+            f"{FLAG}: {pipeline.__name__} gathers its parts from elsewhere than a diffusers folder "
+            f"({model}), which srt cannot do yet. Leave {FLAG} out."
+        )
+
+
+def _refuse_options_of_native(server_args: ServerArgs, component: str) -> None:
+    """srt loads a component folder as it is, and has attention of its own."""
     for field, flag in (
         ("component_weights_paths", "--component-weights-paths"),
         ("component_quantizations", "--component-quantizations"),
         ("component_direct_gpu_weight_loading", "--component-direct-gpu-weight-loading"),
+        ("_requested_component_attention_backends", "--component-attention-backends"),
+        ("_requested_component_attention_backend_roles", "--component-attention-backends"),
     ):
-        if component in getattr(server_args, field):
+        if component in (getattr(server_args, field) or ()):
             raise ValueError(
                 f"{flag}.{component} is for a native encoder, but {FLAG} places {component} on "
                 "srt. Leave one of them out."
@@ -163,4 +216,14 @@ def _refuse_offload(server_args: ServerArgs, component: str) -> None:
             "--text-encoder-cpu-offload, --cpu-offload-components or "
             "--layerwise-offload-components). Leave that out for it, or give "
             f"{component}=server or {component}=native."
+        )
+
+
+def _refuse_splitting(server_args: ServerArgs, component: str) -> None:
+    """One rank encodes for all."""
+    if server_args.encoder_parallel in ("fold", "dp"):
+        raise ValueError(
+            f"{FLAG} places {component} in the diffusion worker, where one rank encodes for all, "
+            f"but --encoder-parallel {server_args.encoder_parallel} is given. Leave that out, or "
+            f"give {component}=server or {component}=native."
         )

@@ -86,6 +86,11 @@ class Placements(msgspec.Struct, frozen=True):
     every: Placement | None = None
     named: dict[str, Placement] = {}
 
+    @property
+    def native(self) -> bool:
+        """Whether it is all as stock has it."""
+        return {self.every or Native(), *self.named.values()} == {Native()}
+
     def of(self, component: str, architecture: str | None) -> Placement:
         """Where `component` runs, whose class is `architecture`."""
         if component in self.named:

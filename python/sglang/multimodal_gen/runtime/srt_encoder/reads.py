@@ -89,18 +89,23 @@ _OWN_WAY = {
 """Pipelines that do not encode as `TextEncodingStage` does, and what they need, by config class."""
 
 
+def refuse_own_way(config: PipelineConfig) -> None:
+    """Raises ValueError where `config`'s pipeline encodes in a way of its own; says which."""
+    for kind in type(config).__mro__:
+        if kind.__name__ in _OWN_WAY:
+            raise ValueError(
+                f"{type(config).__name__} encodes its prompts in a way of its own, which srt "
+                f"cannot do yet: {_OWN_WAY[kind.__name__]}. Leave its text encoders native."
+            )
+
+
 def reads_of(config: PipelineConfig, component: str) -> Reads:
     """What `config`'s pipeline reads of its text encoder `component`.
 
     Raises:
         ValueError: srt cannot encode for this pipeline; says why.
     """
-    for kind in type(config).__mro__:
-        if kind.__name__ in _OWN_WAY:
-            raise ValueError(
-                f"{type(config).__name__} encodes its prompts in a way of its own, which srt "
-                f"cannot do yet: {_OWN_WAY[kind.__name__]}. Leave {component} native."
-            )
+    refuse_own_way(config)
     functions: tuple[Callable[..., Any] | None, ...] = config.postprocess_text_funcs
     index = index_of(component)
     function = functions[index] if index < len(functions) else None

@@ -182,6 +182,16 @@ DIFFUSION: tuple[Seam, ...] = (
         upstream="the same check, there",
     ),
     Seam(
+        target="sglang.multimodal_gen.runtime.post_training.gpu_worker_post_training_mixin"
+        ":GPUWorkerPostTrainingMixin.get_weights_checksum",
+        kind="after",
+        hook="sglang.multimodal_gen.runtime.srt_encoder.weights:no_checksum",
+        parameters=("self", "module_names"),
+        process="diffusion",
+        reason="The checksum of an encoder on srt would be that of no weights, always the same.",
+        upstream="say of a module without weights that it has none, there",
+    ),
+    Seam(
         target="sglang.multimodal_gen.runtime.managers.memory_managers.memory_occupation_controller"
         ":MemoryOccupationController.release_memory_occupation",
         kind="around",

@@ -112,6 +112,16 @@ class EncodeServers:
             changed, self._changed = self._changed, False
         return changed
 
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """While this holds, they are waited for as long as for an answer, being started perhaps."""
+        patience = self._patience
+        self._patience = self._timeout
+        try:
+            yield
+        finally:
+            self._patience = patience
+
     def __call__(
         self, inputs: list[EncodeInput], lost: list[str] | None = None
     ) -> list[EncodeOutput]:
@@ -122,8 +132,8 @@ class EncodeServers:
                 that end now are added.
 
         Raises:
-            EncoderError: no server answers, or one refuses, or one serves another model; or
-                `MOST_LOST` have ended with the inputs.
+            EncoderError: no server answers, or one serves another model; or `MOST_LOST` have
+                ended with the inputs. InputRefused: one refuses an input.
         """
         deadline = time.monotonic() + self._patience
         timeout = self._timeout
@@ -163,13 +173,16 @@ class EncodeServers:
                     lost.append(str(error))
                 self._check_lost(lost)
             except RequestError as error:
-                if error.status != 429:
-                    # Perhaps because of what it serves.
-                    with contextlib.suppress(EncoderUnavailable, RequestError):
-                        self._check(client, client.info())
-                    said = f"The encoder at {client.base_url} refused: {error}"
-                    raise InputRefused(f"{self.component} on srt: {said}") from error
-                down.append(f"The encoder at {client.base_url} is busy: {error}")
+                if error.status == 429:
+                    down.append(f"The encoder at {client.base_url} is busy: {error}")
+                    continue
+                if error.status in (401, 403):
+                    raise self._error(str(error)) from error
+                # Perhaps because of what it serves.
+                with contextlib.suppress(EncoderUnavailable, RequestError):
+                    self._check(client, client.info())
+                said = f"The encoder at {client.base_url}: {error}"
+                raise InputRefused(self.component, said) from error
         return None, down
 
     def _in_order(self, inputs: list[EncodeInput]) -> list[Server]:

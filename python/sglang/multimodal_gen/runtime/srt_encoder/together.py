@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.multimodal_gen.runtime.distributed import get_local_torch_device
+from sglang.multimodal_gen.runtime.server_warmup import is_server_based_warmup
 from sglang.multimodal_gen.runtime.srt_encoder.early import Early
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import SrtTextEncoder
 from sglang.srt.encode_only.request import EncodeInput
@@ -40,23 +41,33 @@ class _Setting(NamedTuple):
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Within this it is as it was, but that no component is moved between devices."""
-        manager = self.stage._component_residency_manager
-        self.stage.set_component_residency_manager(None)
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.inference_mode(self.inference))
-                stack.enter_context(torch.no_grad())
-                for device, now in _autocast().items():
-                    enabled, dtype = then = self.autocast[device]
-                    if now != then:
-                        stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
-                if get_local_torch_device().type == "cuda":
-                    # Where token ids come back without waiting for the step that is computed.
-                    stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
-                yield
-        finally:
-            self.stage.set_component_residency_manager(manager)
+        """Within this it is as it was, but that nothing is moved between devices."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_unmoved(self.stage))
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.no_grad())
+            for device, now in _autocast().items():
+                enabled, dtype = then = self.autocast[device]
+                if now != then:
+                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            if get_local_torch_device().type == "cuda":
+                # Where token ids come back without waiting for the step that is computed.
+                stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
+            yield
+
+
+@contextlib.contextmanager
+def _unmoved(stage: TextEncodingStage) -> Iterator[None]:
+    """While this holds nothing that the stage uses is moved between devices, or counts as used.
+
+    The runtime moves components by the order of their uses, of which each happens once.
+    """
+    manager = stage._component_residency_manager
+    stage.set_component_residency_manager(None)
+    try:
+        yield
+    finally:
+        stage.set_component_residency_manager(manager)
 
 
 def _autocast() -> dict[str, tuple[bool, torch.dtype]]:
@@ -101,20 +112,20 @@ def _together(
     _last = _Setting.of(stage, server_args)
     encoders = _encoders(stage)
     prompts = sum(1 + bool(batch.do_classifier_free_guidance) for batch in batches)
-    if _asked.get() or prompts * len(encoders) < 2:
-        yield
-        return
-    token = _asked.set(True)
-    try:
-        with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if any(map(is_server_based_warmup, batches)):
+            # Whose failure ends the start. A cluster starts its servers together.
+            for encoder in encoders.values():
+                if isinstance(encoder.encode, Early):
+                    stack.enter_context(encoder.encode.patient())
+        if not _asked.get() and prompts * len(encoders) >= 2:
+            stack.callback(_asked.reset, _asked.set(True))
             for i, encoder in encoders.items():
-                with encoder.noting() as inputs:
+                with _unmoved(stage), encoder.noting() as inputs:
                     for batch in batches:
                         _lead_through(stage, batch, server_args, i)
                 stack.enter_context(encoder.ahead(inputs, _callers))
-            yield
-    finally:
-        _asked.reset(token)
+        yield
 
 
 def _is_plain(stage: TextEncodingStage) -> bool:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from sglang.multimodal_gen.runtime.managers.memory_managers import (
         memory_occupation_controller as occupation,
     )
+    from sglang.multimodal_gen.runtime.post_training.gpu_worker_post_training_mixin import (
+        GPUWorkerPostTrainingMixin,
+    )
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
 
@@ -44,6 +47,15 @@ def refuse_updates(
             f"again; for the rest give target_modules {others}."
         )
     return found
+
+
+def no_checksum(
+    found: dict[str, str], self: GPUWorkerPostTrainingMixin, module_names: list[str] | None = None
+) -> dict[str, str]:
+    """AFTER `GPUWorkerPostTrainingMixin.get_weights_checksum`, which would give that of nothing."""
+    modules = get_updatable_modules(self.pipeline) if self.pipeline is not None else {}
+    on_srt = {name for name, module in modules.items() if isinstance(module, SrtTextEncoder)}
+    return {name: "on srt" if name in on_srt else value for name, value in found.items()}
 
 
 def refuse_sleep(
