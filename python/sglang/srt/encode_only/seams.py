@@ -312,6 +312,15 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         reason="Callers who keep what was encoded are told that the weights are others.",
         upstream="a counter of updates beside the weight version, which callers have to set",
     ),
+    Seam(
+        target="sglang.srt.managers.tokenizer_manager:TokenizerManager.pause_generation",
+        kind="around",
+        hook="sglang.srt.encode_only.service:pause",
+        parameters=("self", "obj"),
+        process="server",
+        reason="A call past HTTP could overtake the word that a server is paused.",
+        upstream="an answer to that word, which upstream has as a TODO",
+    ),
     *(
         Seam(
             target=f"sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin.{function}",

@@ -268,6 +268,15 @@ async def refuse_update(
     return False, "An encoder takes weights from a folder alone: POST /update_weights_from_disk."
 
 
+async def pause(original: Any, self: TokenizerManager, *args: Any, **kwargs: Any) -> None:
+    """AROUND `TokenizerManager.pause_generation`: done once the scheduler knows, too.
+
+    Upstream sends it word and goes on; but here callers speak to the scheduler past this process.
+    """
+    await original(self, *args, **kwargs)
+    await self.get_internal_state()
+
+
 async def refuse_sleep(original: Any, self: TokenizerManager, *args: Any, **kwargs: Any) -> None:
     """AROUND what of TokenizerManager releases memory, and takes it again.
 
