@@ -319,7 +319,7 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         parameters=("self", "obj"),
         process="server",
         reason="A call past HTTP could overtake the word that a server is paused.",
-        upstream="an answer to that word, which upstream has as a TODO",
+        upstream="an answer to that word, there",
     ),
     *(
         Seam(
