@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.encode_only.client import EncoderClient
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.local_server import LocalServer
 from transformers import (
@@ -99,6 +100,21 @@ def t5_reference(t5_folder: Path):
 def t5_server(t5_folder: Path) -> Iterator[LocalServer]:
     with LocalServer(t5_folder, "--device", DEVICE.type, "--enable-metrics") as server:
         yield server
+
+
+@pytest.fixture
+def client(t5_server: LocalServer) -> Iterator[EncoderClient]:
+    """Of `t5_server`, by the line to its scheduler."""
+    with EncoderClient(t5_server.url, timeout=60) as client:
+        client.info()
+        yield client
+
+
+@pytest.fixture
+def by_http(t5_server: LocalServer) -> Iterator[EncoderClient]:
+    """Of `t5_server`, by HTTP alone."""
+    with EncoderClient(t5_server.url, timeout=60, share_memory=False) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,20 +28,6 @@ from checkpoints import fresh_seed
 from server_control import API_KEY, QUEUE, frozen_scheduler, metric, schedulers
 
 IDS = [3, 4, 5]
-
-
-@pytest.fixture
-def client(t5_server) -> Iterator[EncoderClient]:
-    """That knows of the line."""
-    with EncoderClient(t5_server.url, timeout=60) as client:
-        client.info()
-        yield client
-
-
-@pytest.fixture
-def by_http(t5_server) -> Iterator[EncoderClient]:
-    with EncoderClient(t5_server.url, timeout=60, share_memory=False) as client:
-        yield client
 
 
 def test_it_passes_http_by(t5_server, client, by_http):

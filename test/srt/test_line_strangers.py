@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -25,20 +24,6 @@ from starlette.requests import Request
 from server_control import API_KEY, frozen_scheduler
 
 IDS = [3, 4, 5]
-
-
-@pytest.fixture
-def client(t5_server) -> Iterator[EncoderClient]:
-    """That knows of the line."""
-    with EncoderClient(t5_server.url, timeout=60) as client:
-        client.info()
-        yield client
-
-
-@pytest.fixture
-def by_http(t5_server) -> Iterator[EncoderClient]:
-    with EncoderClient(t5_server.url, timeout=60, share_memory=False) as client:
-        yield client
 
 
 @pytest.mark.parametrize(
