@@ -19,10 +19,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def clock(run: Callable[[], object]) -> float:
-    """Seconds that `run` takes, on a GPU too."""
-    # The threads of whoever computed before this still spin for some milliseconds.
-    time.sleep(0.05)
+def clock(run: Callable[[], object], *, pause: float = 0.05) -> float:
+    """Seconds that `run` takes, on a GPU too.
+
+    Args:
+        pause: seconds before it; the threads of whoever computed before still spin for some
+            milliseconds.
+    """
+    time.sleep(pause)
     synchronize()
     start = time.perf_counter()
     run()

@@ -17,7 +17,9 @@ MOST_WEIGHTS = 1 << 30
 SECONDS = 2.0
 """For how long a rate is measured at a time, about."""
 SETTLED = 1.03
-"""A rate has settled once such a time brings it no further than by this factor."""
+"""A rate has settled once such times bring it no further than by this factor,"""
+SETTLED_TIMES = 3
+"""so many in a row."""
 MOST_TIMES = 10
 """After so many it is taken as it is: a machine may be shared, and never be quiet."""
 
@@ -81,19 +83,24 @@ def best(run: Callable[[], object], device: str) -> float:
 
     runs()
     found = _fastest(runs)
+    settled = 0
     for _ in range(MOST_TIMES - 1):
         before, found = found, min(found, _fastest(runs))
-        if before <= found * SETTLED:
+        settled = settled + 1 if before <= found * SETTLED else 0
+        if settled == SETTLED_TIMES:
             break
     return found / together
 
 
 def _fastest(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of those in SECONDS, and of three at least."""
+    """Seconds of the fastest of those in SECONDS, and of three at least.
+
+    One follows another at once: threads that sleep in between often wake on one core.
+    """
     end = time.perf_counter() + SECONDS
     times = [clock(run) for _ in range(3)]
     while time.perf_counter() < end:
-        times.append(clock(run))
+        times.append(clock(run, pause=0))
     return min(times)
 
 

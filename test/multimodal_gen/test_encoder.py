@@ -126,8 +126,16 @@ def test_a_row_of_pads_alone_is_zero(make, asked, batch):
 def test_a_mask_with_a_hole_is_refused(make, batch):
     ids, mask = batch
     mask[0, 3] = 0
-    with pytest.raises(ValueError, match="text_encoder_2 on srt takes an attention mask whose 1s"):
+    with pytest.raises(InputRefused, match=r"text_encoder_2 on srt refused .* a 0 between its 1s"):
         make(torch.float32)(input_ids=ids, attention_mask=mask)
+
+
+def test_pads_that_come_first_and_are_read_are_refused(make, batch):
+    ids, mask = batch
+    encoder = make(torch.float32)
+    encoder.reads = Reads(last=True, pads=True)
+    with pytest.raises(InputRefused, match=r"text_encoder_2 on srt refused .* pads come first"):
+        encoder(input_ids=ids, attention_mask=mask.flip(1))
 
 
 def test_token_ids_out_of_range_name_the_component(make, batch):

@@ -228,6 +228,30 @@ def test_closing_gives_the_memory_back(folder: Path) -> None:
         encoder.encode([EncodeInput(token_ids=[1, 2])])
 
 
+def test_memory_is_kept_between_passes_and_given_back_at_the_end(folder: Path) -> None:
+    code = """
+import sys
+import psutil, torch
+from sglang.srt.encode_only.in_process import InProcessEncoder
+
+def held():
+    print(psutil.Process().memory_info().rss)
+
+encoder = InProcessEncoder(sys.argv[1], device="cpu")
+held()
+tensors = [torch.ones(10_000_000) for _ in range(4)]
+del tensors
+held()
+encoder.close()
+held()
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
+    )
+    before, kept, after = map(int, run.stdout.split()[-3:])
+    assert kept > before + 120e6 > after + 80e6, (before, kept, after)
+
+
 def test_the_process_is_as_before(folder: Path) -> None:
     torch.manual_seed(11)
     expected = torch.rand(3)

@@ -114,6 +114,7 @@ def test_graphs_of_an_encoder_are_as_asked(graphs: str, monkeypatch, t5_folder: 
         ("attention_backend", "torch_native", "--attention-backend torch_native"),
         ("encoder_only", True, "--encoder-only"),
         ("enable_lora", True, "--enable-lora"),
+        ("enable_memory_saver", True, "--enable-memory-saver"),
         ("prefill_attention_backend", "encode_only", "--prefill-attention-backend encode_only"),
         ("decode_attention_backend", "triton", "--decode-attention-backend triton"),
     ],

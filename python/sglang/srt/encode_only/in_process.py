@@ -3,7 +3,8 @@
 For a host that runs models itself, such as a diffusion worker, and for tests. There is no
 scheduler, tokenizer, server, process group or KV pool; the same model class and attention backend
 run as in a server. Whatever the host has set up of srt or torch.distributed is neither used nor
-changed: each encoder has a context of its own, in which it is the only rank.
+changed: each encoder has a context of its own, in which it is the only rank. On a CPU the process's
+allocator keeps what is freed, as a server's does (`portable_cpu.keep_memory`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.encode_only import fa4_backend, sdpa, triton_backend
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.model_loader import get_model
+from sglang.srt.platforms import portable_cpu
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import (
     RuntimeContext,
@@ -117,6 +119,9 @@ class InProcessEncoder:
             if prepare is not None:
                 prepare(self)
         self.info = info_of(model_path, self.model_config)
+        if self.device.type == "cpu":
+            # After weights are read, which are large and come once.
+            portable_cpu.keep_memory()
         if compiles(self.device):
             # So that the first prompt does not wait for the kernels.
             self.encode([EncodeInput(token_ids=[0] * min(_FIRST_PROMPT, self.info.max_length))])
@@ -145,6 +150,8 @@ class InProcessEncoder:
             self._model = self.attn_backend = None
             # srt's parameters and layers refer to one another.
             gc.collect()
+            if self.device.type == "cpu":
+                portable_cpu.give_back_memory()
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[RuntimeContext]:

@@ -88,6 +88,7 @@ _CONTRADICTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("lora_paths", (None, [], {}), "encoders take no adapters"),
     ("enable_prefill_cp", (False, None), "an encoder's sequences are not split between ranks"),
     ("enable_pdmux", (False, None), "an encoder has no decode steps"),
+    ("enable_memory_saver", (False, None), "its memory is not released while it serves"),
     ("attention_backend", (None, *ATTENTION_BACKENDS), "it reads a KV cache"),
     ("prefill_attention_backend", (None,), "--attention-backend says it for the whole model"),
     ("decode_attention_backend", (None,), "an encoder has no decode steps"),

@@ -172,3 +172,10 @@ def keep_memory() -> None:
         return
     for parameter, value in _MALLOPT.items():
         mallopt(parameter, value)
+
+
+def give_back_memory() -> None:
+    """Has the allocator give the system what lies free, however little or much it keeps."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

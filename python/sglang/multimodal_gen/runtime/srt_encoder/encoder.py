@@ -191,8 +191,8 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
             `pooler_output`, `[batch, pooled_size]`.
 
         Raises:
-            EncoderError: nobody could encode it; InputRefused, because of what it is.
-            ValueError: the 1s of the mask are not together, or pads are read that come first.
+            EncoderError: nobody could encode it; InputRefused, because of what it is, also where
+                the 1s of the mask are not together, or pads are read that come first.
         """
         if input_ids is None or inputs_embeds is not None or position_ids is not None:
             raise ValueError(f"{self.component} on srt takes input_ids, and only those.")
@@ -269,14 +269,16 @@ class SrtTextEncoder(EncoderTensorParallelMixin, nn.Module):
             real = row.nonzero().flatten().tolist()
             span = range(real[0], real[-1] + 1) if real else range(0)
             if len(span) != len(real):
-                raise ValueError(
-                    f"{self.component} on srt takes an attention mask whose 1s are together; this "
-                    "one has a 0 between them. Pad on one side, or encode with a native encoder."
+                raise InputRefused(
+                    self.component,
+                    "its attention mask has a 0 between its 1s. Pad on one side, or encode with a "
+                    "native encoder.",
                 )
             if self.reads.pads and span.start:
-                raise ValueError(
-                    f"{self.component} on srt cannot encode pads that come first, and this "
-                    "pipeline reads them. Pad on the right, or encode with a native encoder."
+                raise InputRefused(
+                    self.component,
+                    "its pads come first, and this pipeline reads them. Pad on the right, or "
+                    "encode with a native encoder.",
                 )
             spans.append(span)
         return spans
