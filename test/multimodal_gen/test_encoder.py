@@ -130,14 +130,6 @@ def test_a_mask_with_a_hole_is_refused(make, batch):
         make(torch.float32)(input_ids=ids, attention_mask=mask)
 
 
-def test_pads_that_come_first_and_are_read_are_refused(make, batch):
-    ids, mask = batch
-    encoder = make(torch.float32)
-    encoder.reads = Reads(last=True, pads=True)
-    with pytest.raises(InputRefused, match=r"text_encoder_2 on srt refused .* pads come first"):
-        encoder(input_ids=ids, attention_mask=mask.flip(1))
-
-
 def test_token_ids_out_of_range_name_the_component(make, batch):
     ids, mask = batch
     ids[0, 0] = 600

@@ -13,7 +13,11 @@ import torch
 from configs import CONFIGS, config_classes
 from sglang.multimodal_gen.configs.models.encoders import T5Config
 from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
-from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError, SrtTextEncoder
+from sglang.multimodal_gen.runtime.srt_encoder.encoder import (
+    EncoderError,
+    InputRefused,
+    SrtTextEncoder,
+)
 from sglang.multimodal_gen.runtime.srt_encoder.reads import _OWN_WAY, READS, Reads, reads_of
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeOutput
@@ -147,7 +151,7 @@ def test_every_layer_of_rows_padded_on_the_left(make: Make, batch, qwen) -> None
 
 def test_pads_that_come_first_and_are_read_are_refused(make: Make, batch) -> None:
     ids, mask = batch
-    with pytest.raises(ValueError, match="pads that come first"):
+    with pytest.raises(InputRefused, match="its pads come first"):
         make(last=True, pads=True)[0](input_ids=ids, attention_mask=mask.flip(1))
 
 
