@@ -100,7 +100,10 @@ def in_process(checkpoint: Checkpoint) -> Iterator[Running]:
     from sglang.srt.encode_only.request import EncodeInput
 
     encoder = InProcessEncoder(
-        str(checkpoint.folder), dtype=checkpoint.dtype_name, device=checkpoint.device
+        str(checkpoint.folder),
+        dtype=checkpoint.dtype_name,
+        device=checkpoint.device,
+        shares_process=False,
     )
     try:
         yield Running(

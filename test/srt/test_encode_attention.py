@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from sglang.srt.layers.attention.encode_only.packed_backend import PackedBackend
 from sglang.srt.layers.attention.encode_only.reference import reference_attention
 from sglang.srt.layers.attention.encode_only.sdpa import (
     LENGTH_STEP,
-    WRITTEN_LENGTH,
+    MIN_WRITTEN_SCORES,
     SdpaBackend,
     attend_group,
 )
@@ -138,18 +139,25 @@ def test_a_batch_of_more_heads_than_a_group_holds(seed: int) -> None:
     assert_rows_close(*attend_both_ways([90, 95, 91, 17, 513], heads=64, head_dim=4))
 
 
+SIZE, HEADS = 2, 6
+NOT_WRITTEN = math.isqrt(MIN_WRITTEN_SCORES // (SIZE * HEADS))
+
+
+@pytest.mark.parametrize("in_bfloat16", [True, False], ids=["bfloat16-factors", "float32"])
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "all-seen"])
-@pytest.mark.parametrize("length", [1, WRITTEN_LENGTH - 1, WRITTEN_LENGTH, 512, 513])
-def test_values_of_half_precision(length: int, masked: bool, seed: int) -> None:
+@pytest.mark.parametrize("length", [1, NOT_WRITTEN, NOT_WRITTEN + 1, 512, 513])
+def test_values_of_half_precision(length: int, masked: bool, in_bfloat16: bool, seed: int) -> None:
     """What a CPU that multiplies bfloat16 runs, on any."""
     torch.manual_seed(seed)
-    size, heads, head_dim = 2, 6, 24
+    size, heads, head_dim = SIZE, HEADS, 24
     for kv_heads in (6, 2):
         layer = RadixAttention(heads, head_dim, head_dim**-0.5, num_kv_heads=kv_heads, layer_id=0)
         q = torch.randn(size, length, heads, head_dim).transpose(1, 2)
         k, v = (torch.randn(size, length, kv_heads, head_dim).transpose(1, 2) for _ in range(2))
+        if in_bfloat16:
+            q, k = q.bfloat16().float(), k.bfloat16().float()
         mask = torch.randn(heads, length, length)[None] if masked else None
-        out = attend_group(q, k, v.bfloat16(), mask, layer)
+        out = attend_group(q, k, v.bfloat16(), mask, layer, in_bfloat16)
 
         k, v = (x.double().repeat_interleave(heads // kv_heads, 1) for x in (k, v.bfloat16()))
         scores = q.double() @ k.mT * layer.scaling + (0 if mask is None else mask)

@@ -21,6 +21,8 @@ from sglang.srt.encode_only import in_process
 from sglang.srt.encode_only.decoders import DecoderEncoder
 from sglang.srt.encode_only.in_process import InProcessEncoder
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
+from sglang.srt.layers.packed_linear import multiplies
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig
 
 from checkpoints import random_config, random_inputs, write_t5
@@ -265,6 +267,35 @@ def test_the_process_is_as_before(folder: Path) -> None:
     assert torch.get_default_dtype() == torch.float32
     assert runtime_context.get_context() is context
     assert not torch.distributed.is_initialized()
+
+
+class Precisions(TorchDispatchMode):
+    """Of the products of float32 matrices that this thread computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            self.seen.add(torch.backends.mkldnn.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shares_process", [True, False])
+def test_products_of_a_program_are_left_alone_unless_it_says_so(
+    folder: Path, shares_process: bool
+) -> None:
+    setting = torch.backends.mkldnn.matmul.fp32_precision
+    encoder = InProcessEncoder(
+        str(folder), device="cpu", dtype="bfloat16", shares_process=shares_process
+    )
+    with Precisions() as precisions:
+        encoder.encode([EncodeInput(token_ids=[1] * 400)])
+    encoder.close()
+    assert torch.backends.mkldnn.matmul.fp32_precision == setting
+    own = set() if shares_process or not multiplies(torch.bfloat16) else {"bf16"}
+    assert precisions.seen - {setting} == own
 
 
 HOST = """

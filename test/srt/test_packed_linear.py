@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from sglang.srt.layers.packed_linear import EPILOGUES, PackedLinearMethod
+from sglang.srt.layers.packed_linear import EPILOGUES, PackedLinearMethod, bfloat16_factors
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -103,3 +103,30 @@ def test_weights_are_given_back_and_replaced(epilogue, dtype: torch.dtype) -> No
         first, second = product.split(8, dim=-1)
         product = first.relu() * second
     assert_close(method.apply(layer, x), product)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (7, 33, 64, 129), (24, 200, 64, 200)], ids=str)
+def test_numbers_of_bfloat16_are_multiplied_as_such_and_added_up_in_float32(shape) -> None:
+    n, rows, inner, columns = shape
+    a = torch.randn(n, rows, inner).bfloat16().float()
+    b = torch.randn(n, columns, inner).bfloat16().float().mT
+    start = torch.randn(n, rows, columns)
+    with bfloat16_factors():
+        products, sums = torch.bmm(a, b), torch.baddbmm(start, a, b)
+    expected = a.double() @ b.double()
+    assert_close(products, expected, a.double().abs() @ b.double().abs())
+    assert_close(sums, expected + start, a.double().abs() @ b.double().abs() + start.abs())
+
+
+def test_factors_are_float32_again_also_after_an_error() -> None:
+    def product() -> torch.Tensor:
+        return torch.bmm(a, b)
+
+    a, b = torch.randn(4, 50, 60), torch.randn(4, 60, 50)
+    setting = torch.backends.mkldnn.matmul.fp32_precision
+    before = product()
+    with pytest.raises(RuntimeError, match="size"), bfloat16_factors():
+        torch.bmm(a, a)
+    assert torch.backends.mkldnn.matmul.fp32_precision == setting
+    assert torch.equal(product(), before)
+    assert_close(before, a.double() @ b.double())

@@ -62,6 +62,9 @@ class InProcessEncoder:
         device: where it runs; by default where srt would. Of several GPUs, without an index, the
             calling thread's current one.
         max_tokens: most tokens of a forward pass; an input that is longer runs alone.
+        shares_process: whether other threads multiply matrices on this process's CPU while it
+            encodes. Where none does, an encoder in bfloat16 takes less time there, since it may set
+            meanwhile what holds for all threads (`packed_linear.bfloat16_factors`).
         server_args: further arguments of srt's ServerArgs.
 
     Raises:
@@ -76,6 +79,7 @@ class InProcessEncoder:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         max_tokens: int = 8192,
+        shares_process: bool = True,
         **server_args: Any,
     ):
         load_plugins()
@@ -90,6 +94,7 @@ class InProcessEncoder:
         }
         args: Any = ServerArgs(**settings, **server_args)
         self.max_tokens = max_tokens
+        self.shares_process = shares_process
         gpu_id = _gpu_id(place)
         with _ONE_AT_A_TIME:
             ranks = SpawnRanks(world_rank=0, gpu_id=gpu_id)

@@ -28,8 +28,8 @@ ENVIRONMENT = {
     "THP_MEM_ALLOC_ENABLE": "1",
     # What oneDNN and torch keep of the code compiled for each shape of a product: 0.7 MB, so that a
     # server that saw prompts of every length held more than a gigabyte of it.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-    "LRU_CACHE_CAPACITY": "64",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "128",
 }
 """What this process and those it starts get, where the user has not set it. torch reads all of it
 when it first computes."""

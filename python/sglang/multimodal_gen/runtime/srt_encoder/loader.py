@@ -115,6 +115,8 @@ def _encode(
         path,
         dtype=dtype,
         device=get_local_torch_device(),
+        # A worker's stages run one after another.
+        shares_process=False,
         context_length=checkpoint.max_length,
         json_model_override_args=json.dumps(checkpoint.overrides),
     ).encode

@@ -9,7 +9,9 @@ of scores, they are written out and multiplied.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.encode_only.packed_backend import PackedBackend, Reach, Runner
-from sglang.srt.layers.packed_linear import product_dtype
+from sglang.srt.layers.packed_linear import bfloat16_factors, product_dtype
 from sglang.srt.runtime_context import get_parallel
 
 if TYPE_CHECKING:
@@ -32,10 +34,13 @@ SHARED_LENGTH = 32
 MAX_SHARED_SCORES = 1 << 22
 # Longer ones whose lengths differ by less than this are padded to one another,
 LENGTH_STEP = 16
-# as long as the scores stay within a core's cache; a longer sequence runs alone.
+# as long as the scores stay within a core's cache; a longer sequence runs alone. Of short ones a
+# call costs more than that cache saves.
 MAX_GROUP_SCORES = 1 << 17
-# Where values are in half precision, the scores of so many queries or more are written to memory,
-WRITTEN_LENGTH = 96
+SHORT_LENGTH = 96
+MAX_SHORT_GROUP_SCORES = 1 << 19
+# Where values are in half precision, so many scores or more are written to memory,
+MIN_WRITTEN_SCORES = 1 << 17
 # as long as those of a head are no more than this; so many at a time for each thread.
 WRITTEN_SCORES = 1 << 18
 
@@ -197,8 +202,9 @@ def group_sequences(lengths: Sequence[int], attend: Sequence[int], heads: int) -
                 continue
         if members:
             longest = lengths[members[0]]
+            most = MAX_SHORT_GROUP_SCORES if longest <= SHORT_LENGTH else MAX_GROUP_SCORES
             scores = (len(members) + 1) * heads * longest * longest
-            if longest - length >= LENGTH_STEP or scores > MAX_GROUP_SCORES:
+            if longest - length >= LENGTH_STEP or scores > most:
                 close()
         members.append(i)
     close()
@@ -263,6 +269,8 @@ class SdpaBackend(PackedBackend):
     def __init__(self, model_runner: Runner):
         super().__init__(model_runner)
         self.heads = model_runner.model_config.num_attention_heads // get_parallel().tp_size
+        # srt's own runner has its process to itself.
+        self.alone = not getattr(model_runner, "shares_process", False)
         self.take([], [])
 
     def take(self, lengths: Sequence[int], attend: Sequence[int]) -> None:
@@ -288,14 +296,15 @@ class SdpaBackend(PackedBackend):
                 (v, plan.key_rows, layer.v_head_dim),
             )
         )
+        o_rhd = q.new_empty(*q_rhd.shape[:2], layer.v_head_dim)
+        qk_dtype, v_dtype, in_bfloat16 = q.dtype, v.dtype, False
         if q.device.type == "cpu":
             # For scores in float32; products of half precision are rounded to it.
-            q_rhd, k_rhd = q_rhd.float(), k_rhd.float()
-            v_rhd = v_rhd.to(product_dtype(v.dtype, "cpu"))
+            qk_dtype, v_dtype = torch.float32, product_dtype(v.dtype, "cpu")
+            in_bfloat16 = self.alone and q.dtype == v_dtype == torch.bfloat16
         elif any(mask is not None for mask in masks):
             # A float32 mask needs such queries.
-            q_rhd, k_rhd, v_rhd = q_rhd.float(), k_rhd.float(), v_rhd.float()
-        o_rhd = q.new_empty(*q_rhd.shape[:2], layer.v_head_dim)
+            qk_dtype = v_dtype = torch.float32
         queries = [group.size * group.length for group in plan.groups]
         keys = [group.size * group.keys for group in plan.groups]
         for group, mask, *qkvo in zip(
@@ -310,8 +319,24 @@ class SdpaBackend(PackedBackend):
             q_nhld, k_nhkd, v_nhkd, o_nhld = (
                 rows.view(group.size, -1, *rows.shape[1:]).transpose(1, 2) for rows in qkvo
             )
-            o_nhld.copy_(attend_group(q_nhld, k_nhkd, v_nhkd, mask, layer))
+            o_nhld.copy_(
+                attend_group(
+                    _dense(q_nhld, qk_dtype),
+                    _dense(k_nhkd, qk_dtype),
+                    _dense(v_nhkd, v_dtype),
+                    mask,
+                    layer,
+                    in_bfloat16,
+                )
+            )
         return o_rhd.flatten(1).index_select(0, plan.output_rows)
+
+
+def _dense(x_nhld: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In `dtype`, and on a CPU each head's rows end to end, which its products would copy else."""
+    if x_nhld.device.type != "cpu":
+        return x_nhld.to(dtype)
+    return x_nhld.new_empty(x_nhld.shape, dtype=dtype).copy_(x_nhld)
 
 
 def attend_group(
@@ -320,16 +345,20 @@ def attend_group(
     v_nhkd: torch.Tensor,
     mask: torch.Tensor | None,
     layer: RadixAttention,
+    in_bfloat16: bool = False,
 ) -> torch.Tensor:
     """`[size, heads, length, v_head_dim]`: one call's attention.
 
     Args:
         q_nhld, k_nhkd: of one dtype.
         v_nhkd: of the same, or of half precision where that is multiplied faster.
+        in_bfloat16: whether queries and keys, in float32, are numbers of bfloat16, and may be
+            multiplied as such (`bfloat16_factors`).
     """
     size, heads, length, _ = q_nhld.shape
     grouped = heads != k_nhkd.shape[1]
-    written = length >= WRITTEN_LENGTH and length * k_nhkd.shape[2] <= WRITTEN_SCORES
+    of_a_head = length * k_nhkd.shape[2]
+    written = size * heads * of_a_head >= MIN_WRITTEN_SCORES and of_a_head <= WRITTEN_SCORES
     if not layer.logit_cap and (q_nhld.dtype == v_nhkd.dtype or not written):
         v_nhkd = v_nhkd.to(q_nhld.dtype)
         return F.scaled_dot_product_attention(
@@ -343,10 +372,15 @@ def attend_group(
     o = v.new_empty(*q.shape[:2], v.shape[2])
     step = len(q)
     if q.device.type == "cpu":
-        step = torch.get_num_threads() * max(1, WRITTEN_SCORES // (q.shape[1] * k.shape[1]))
+        threads = torch.get_num_threads()
+        step = threads * max(1, WRITTEN_SCORES // (q.shape[1] * k.shape[1]))
+        # oneDNN compiles anew for another number of heads.
+        parts = math.ceil(len(q) / step)
+        step = math.ceil(len(q) / parts / threads) * threads
     for start in range(0, len(q), step):
         some = slice(start, start + step)
-        scores = _scores(q[some], k[some], None if mask is None else mask[some], layer)
+        with bfloat16_factors() if in_bfloat16 else contextlib.nullcontext():
+            scores = _scores(q[some], k[some], None if mask is None else mask[some], layer)
         weights = scores.softmax(dim=-1)
         if layer.sliding_window_size >= 0:
             # A pad may see no key at all.
