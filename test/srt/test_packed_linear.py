@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from sglang.srt.layers.packed_linear import EPILOGUES, PackedLinearMethod, bfloat16_factors
+from sglang.srt.layers.packed_linear import (
+    EPILOGUES,
+    QUICK_GELU,
+    SWISH,
+    PackedLinearMethod,
+    bfloat16_factors,
+)
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -51,6 +57,18 @@ def test_products(dtype: torch.dtype, inputs: int, outputs: int, tokens: int) ->
     assert_close(method.apply(layer, x), product)
     terms = product.abs() + bias.double().abs()
     assert_close(method.apply(layer, x, bias), product + bias.double(), terms)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_quick_gelu_of_what_comes_in_scaled(dtype: torch.dtype) -> None:
+    layer, x = linear(96, [40], dtype), torch.randn(31, 96)
+    bias = torch.randn(40).to(dtype)
+    method = PackedLinearMethod(SWISH, QUICK_GELU)
+    scaled = (QUICK_GELU * x).to(dtype)
+    product = scaled.double() / QUICK_GELU @ layer.weight.double().T + bias.double()
+    expected = QUICK_GELU * ACT2FN["quick_gelu"](product)
+    method.process_weights_after_loading(layer)
+    assert_close(method.apply(layer, scaled, bias), expected)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -105,8 +106,8 @@ def check_modules(seed: int) -> None:
             assert one.dtype == other.dtype
             torch.testing.assert_close(one.cpu(), other, rtol=1e-2, atol=1e-2)
 
-    for center in (False, True):
-        norm_module = ResidualNorm(40, EPS, torch.bfloat16, center=center)
+    for center, scale in itertools.product((False, True), (1.0, 1.7)):
+        norm_module = ResidualNorm(40, EPS, torch.bfloat16, center=center, scale=scale)
         for parameter in norm_module.parameters():
             parameter.data.normal_()
         both(norm_module, torch.randn(5, 40), torch.randn(5, 40).to(torch.bfloat16))

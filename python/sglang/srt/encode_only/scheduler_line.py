@@ -321,7 +321,7 @@ class SchedulerLine:
         head = wire.answer_head(inputs, [False] * len(inputs), info)
         places, size = packing.places(len(head), parts, info)
         memory = _memory_of(caller, asked.memory, size)
-        memory.write(torch.frombuffer(bytearray(head), dtype=torch.uint8), 0)
+        memory.begin(head)
         requests = [_request(packing.token_ids(part), packing.Packed.of(part)) for part in parts]
         missing = {one.rid: place for one, place in zip(requests, places, strict=True)}
         tokens = sum(len(one.token_ids) for one in inputs)

@@ -113,8 +113,12 @@ class Mapping:
         with offer.opened() as fd:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, F_SEAL_SHRINK)
             os.posix_fallocate(fd, 0, BODY + size)
-            mapped = mmap.mmap(fd, BODY + size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self._body = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=BODY)
+            self._mapped = mmap.mmap(fd, BODY + size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._body = torch.frombuffer(self._mapped, dtype=torch.uint8, count=size, offset=BODY)
+
+    def begin(self, head: bytes) -> None:
+        """Writes what the body begins with."""
+        self._mapped[BODY : BODY + len(head)] = head
 
     def write(self, values: torch.Tensor, offset: int) -> None:
         """Writes `[bytes]` uint8 of any device at `offset` of the body."""

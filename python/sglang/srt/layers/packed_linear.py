@@ -35,6 +35,11 @@ EPILOGUES = {
 
 _PLAIN = Epilogue("none")
 
+SWISH = EPILOGUES["silu"]
+
+QUICK_GELU = 1.702
+"""quick_gelu(x), which oneDNN has not, is swish(1.702 x) / 1.702."""
+
 
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has oneDNN, and instructions for products in `dtype`."""
@@ -88,10 +93,12 @@ class PackedLinearMethod(UnquantizedLinearMethod):
     Args:
         epilogue: what the layer does with its product `x W`: an activation f gives `f(x W)`, and
             of a merged layer of two, `f(x W0) * (x W1)`. None for nothing.
+        scale: how many times what is meant x is; a bias is then added as many times.
     """
 
-    def __init__(self, epilogue: Epilogue | None = None):
+    def __init__(self, epilogue: Epilogue | None = None, scale: float = 1.0):
         self.epilogue = epilogue
+        self.scale = scale
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         weight = layer.weight.data
@@ -120,7 +127,8 @@ class PackedLinearMethod(UnquantizedLinearMethod):
         name, algorithm = self.epilogue or _PLAIN
         ops, dtype = torch.ops.mkldnn, packed[0].dtype
         x_th = x.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        if bias is not None:
+            bias = (bias if self.scale == 1 else bias.float() * self.scale).to(dtype)
         product = ops._linear_pointwise(x_th, packed[0], bias, name, [], algorithm)
         if len(packed) == 2:
             product = ops._linear_pointwise.binary(x_th, product, packed[1], None, "mul")

@@ -37,10 +37,23 @@ class ResidualNorm(nn.Module):
         dtype: of the norm.
         center: True for a layer norm, which takes off the mean and has a bias; False for an RMS
             norm, which only scales.
+        scale: what the norm is multiplied with before it is rounded.
     """
 
-    def __init__(self, width: int, eps: float, dtype: torch.dtype, *, center: bool = False):
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        width: int,
+        eps: float,
+        dtype: torch.dtype,
+        *,
+        center: bool = False,
+        scale: float = 1.0,
+    ):
         super().__init__()
+        self.scale = scale
         self.eps = eps
         self.dtype = dtype
         self.center = center
@@ -61,26 +74,29 @@ class ResidualNorm(nn.Module):
         Returns:
             residual + delta in float32, and its norm in `dtype`.
         """
+        weight, bias = self.weight, self.bias
+        if self.scale != 1:
+            weight, bias = weight * self.scale, None if bias is None else bias * self.scale
         if on_triton(residual_th.device):
             from sglang.srt.layers.row_kernels import add_norm
 
             return add_norm(
                 residual_th,
                 delta_th,
-                self.weight,
-                self.bias,
+                weight,
+                bias,
                 eps=self.eps,
                 center=self.center,
                 dtype=self.dtype,
             )
         sum_th = residual_th if delta_th is None else residual_th.add_(delta_th)
         if self.center:
-            norm_th = F.layer_norm(sum_th, self.weight.shape, self.weight, self.bias, self.eps)
+            norm_th = F.layer_norm(sum_th, weight.shape, weight, bias, self.eps)
         else:
             # torch's rms_norm is a chain of twice as many operations on a CPU.
             norm_t1 = torch.linalg.vector_norm(sum_th, dim=-1, keepdim=True)
             scale_t1 = (norm_t1.square_() / sum_th.shape[-1] + self.eps).rsqrt_()
-            norm_th = (sum_th * scale_t1).mul_(self.weight)
+            norm_th = (sum_th * scale_t1).mul_(weight)
         return sum_th, norm_th.to(self.dtype)
 
 

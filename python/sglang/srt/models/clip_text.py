@@ -24,6 +24,8 @@ from sglang.srt.encode_only.weights import Destination, load_encoder, own_sizes
 from sglang.srt.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.packed_linear import (
     EPILOGUES,
+    QUICK_GELU,
+    SWISH,
     PackedLinearMethod,
     multiplies,
     pack_linears,
@@ -44,8 +46,8 @@ OLD_EOS_TOKEN_ID = 2
 end-of-text token is then the largest id of an input."""
 
 
-def layer_norm(config: PretrainedConfig, dtype: torch.dtype) -> ResidualNorm:
-    return ResidualNorm(config.hidden_size, config.layer_norm_eps, dtype, center=True)
+def layer_norm(config: PretrainedConfig, dtype: torch.dtype, scale: float = 1.0) -> ResidualNorm:
+    return ResidualNorm(config.hidden_size, config.layer_norm_eps, dtype, center=True, scale=scale)
 
 
 class CLIPAttention(nn.Module):
@@ -94,6 +96,11 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPFeedForward(nn.Module):
+    """
+    Attributes:
+        scale: how many times its input what comes in has to be.
+    """
+
     def __init__(
         self,
         config: PretrainedConfig,
@@ -120,18 +127,23 @@ class CLIPFeedForward(nn.Module):
         )
         self.act = Activation(config.hidden_act, dtype)
         # A CPU can activate the product as it computes it.
+        quick = config.hidden_act == "quick_gelu"
         self.activated_by_fc1 = (
-            config.hidden_act in EPILOGUES
+            (quick or config.hidden_act in EPILOGUES)
             and quant_config is None
             and torch.get_default_device().type == "cpu"
             and multiplies(dtype)
         )
+        self.scale = QUICK_GELU if quick and self.activated_by_fc1 else 1.0
         if self.activated_by_fc1:
-            self.fc1.quant_method = PackedLinearMethod(EPILOGUES[config.hidden_act])
+            epilogue = SWISH if quick else EPILOGUES[config.hidden_act]
+            self.fc1.quant_method = PackedLinearMethod(epilogue, self.scale)
+            self.fc2.quant_method = PackedLinearMethod(scale=self.scale)
 
     def forward(self, x_th: torch.Tensor) -> torch.Tensor:
         h, _ = self.fc1(x_th)
-        return self.fc2(h if self.activated_by_fc1 else self.act(h))[0]
+        out, _ = self.fc2(h if self.activated_by_fc1 else self.act(h))
+        return out if self.scale == 1 else out.float() / self.scale
 
 
 class CLIPBlock(nn.Module):
@@ -148,8 +160,8 @@ class CLIPBlock(nn.Module):
         self.self_attn = CLIPAttention(
             config, layer_id, dtype, quant_config, add_prefix("self_attn", prefix)
         )
-        self.layer_norm2 = layer_norm(config, dtype)
         self.mlp = CLIPFeedForward(config, dtype, quant_config, add_prefix("mlp", prefix))
+        self.layer_norm2 = layer_norm(config, dtype, self.mlp.scale)
 
     def forward(
         self, x_th: torch.Tensor, delta_th: torch.Tensor | None, forward_batch: ForwardBatch
