@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from sglang.srt.encode_only.client import EncoderClient, EncoderUnavailable
-from sglang.srt.encode_only.local_server import KeptServer, LocalServer
+from sglang.srt.encode_only.local_server import KeptServer, LocalServer, free_port
 
 PROGRAM = """
 import json, os, sys, time
@@ -159,3 +160,19 @@ def test_a_server_is_waited_for_as_long_as_it_runs() -> None:
         pass
     with pytest.raises(RuntimeError, match=r"not ready after 0\.0 s"), hasty:
         pass
+
+
+def test_a_free_port_is_none_that_the_system_gives_to_others() -> None:
+    """Who asks for any would have it before the server listens; nor do processes of one seed get
+    the same."""
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
+    first, last = map(int, given.split())
+    found = []
+    for _ in range(2):
+        random.seed(7)
+        found.append([free_port() for _ in range(8)])
+    assert found[0] != found[1]
+    assert not any(first <= port <= last for ports in found for port in ports)
+    with contextlib.ExitStack() as stack:
+        for port in {*found[0], *found[1]}:
+            stack.enter_context(socket.create_server(("127.0.0.1", port)))

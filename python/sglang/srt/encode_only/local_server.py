@@ -16,6 +16,7 @@ import http.client
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -34,6 +35,8 @@ import psutil
 
 LOOPBACK = "127.0.0.1"
 SHARED_MEMORY = Path("/dev/shm")
+_FIRST_PORT = 10000
+_PORTS_GIVEN = Path("/proc/sys/net/ipv4/ip_local_port_range")
 LINES = 40
 """How much of a server's output an error quotes."""
 
@@ -239,7 +242,19 @@ def _shared_memory(processes: list[psutil.Process], since: float) -> set[Path]:
 
 
 def free_port() -> int:
-    """A port of this machine's loopback on which nobody listens."""
+    """A port of this machine's loopback on which nobody listens.
+
+    Not one of those that the system gives to whoever asks for any, by which it might be another's
+    once a server listens there.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        first_given = int(_PORTS_GIVEN.read_text().split()[0])
+        kept = range(_FIRST_PORT, first_given)
+        # Its own numbers, whatever the process has seeded.
+        for port in random.SystemRandom().sample(kept, min(100, len(kept))):
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.bind((LOOPBACK, port))
+                return port
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]
