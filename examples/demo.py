@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -102,18 +101,13 @@ class Run:
         return statistics.median(self.encode_ms[1:])
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def generate(
     folder: str, options: dict[str, object], settings: dict[str, object], made: str
 ) -> None:
     """Generates every prompt with one generator, and saves pixels and encode times to `made`."""
     import torch
     from sglang.multimodal_gen import DiffGenerator
+    from sglang.srt.encode_only.local_server import free_port
 
     pixels, encode_ms = [], []
     ports = {"master_port": free_port(), "scheduler_port": free_port()}
