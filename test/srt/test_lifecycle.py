@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -109,3 +110,16 @@ def test_an_encoder_does_not_sleep(guarded_server, method: str):
             assert answer.status_code == 400
             assert "stop the server" in answer.json()["error"]["message"]
             assert client.encode(IDS)[0].prompt_tokens == 3
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
+def test_where_it_cannot_listen_it_ends_at_once(t5_folder: Path, host: str):
+    """Of a port that is another's, and of an address that no machine has."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        command = [sys.executable, "-m", "sglang.launch_server", "--is-embedding-encoder"]
+        command += ["--model-path", str(t5_folder), "--host", host, "--port", port]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1
+    assert f"Cannot listen at --host {host} --port {port}: " in process.stderr
+    assert "Load weight" not in process.stdout + process.stderr

@@ -7,6 +7,7 @@ memory. On a GPU they cannot, since a fork cannot use CUDA.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import multiprocessing
 import os
@@ -19,6 +20,32 @@ from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.encode_only import line_keys, plugin, read_ahead
 from sglang.srt.platforms import current_platform
 from sglang.srt.platforms.portable_cpu import PortableCpuPlatform
+
+
+def refuse_taken_port(server_args: Any, *_: Any, **__: Any) -> None:
+    """BEFORE `launch_server`: SystemExit where the server could not listen in the end.
+
+    Upstream finds out once the model is loaded, and then neither serves nor ends while its warm-up
+    asks whoever has the port.
+    """
+    cfg = resolving_view(server_args)
+    if cfg.node_rank > 0:
+        return
+    try:
+        asyncio.run(_listen(cfg.host, cfg.port))
+    except (OSError, OverflowError) as error:
+        raise SystemExit(
+            f"Cannot listen at --host {cfg.host} --port {cfg.port}: {error}. Give an address of "
+            "this machine and a port that is free."
+        ) from None
+
+
+async def _listen(host: str, port: int) -> None:
+    # As uvicorn does.
+    server = await asyncio.get_running_loop().create_server(
+        asyncio.Protocol, host, port, start_serving=False
+    )
+    server.close()
 
 
 def forking(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:

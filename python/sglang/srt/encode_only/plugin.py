@@ -87,12 +87,11 @@ def enter_scheduler(hf_config: Any) -> None:
 
 
 def _enter_server() -> None:
+    from sglang.srt.encode_only import http_api
+    from sglang.srt.entrypoints import http_server
     from sglang.srt.managers import tokenizer_manager
 
     seams.install(seam for seam in seams.ENCODE_ONLY if seam.process == "server")
     # A scheduler ends once it has answered its lines, of which the tokenizer manager does not know.
     tokenizer_manager._SCHEDULER_EXIT_TIMEOUT_SECS = EXIT_SECONDS
-    if http_server := sys.modules.get("sglang.srt.entrypoints.http_server"):
-        from sglang.srt.encode_only import http_api
-
-        http_api.install(http_server.app)
+    http_api.install(http_server.app)

@@ -263,6 +263,22 @@ ENCODE_ONLY: tuple[Seam, ...] = (
         reason="With --sleep-on-idle, they would wait for up to a second.",
         upstream="one more descriptor in the list of sockets",
     ),
+    Seam(
+        target="sglang.srt.entrypoints.http_server:launch_server",
+        kind="before",
+        hook="sglang.srt.encode_only.launch:refuse_taken_port",
+        parameters=(
+            "server_args",
+            "init_tokenizer_manager_func",
+            "run_scheduler_process_func",
+            "run_detokenizer_process_func",
+            "execute_warmup_func",
+            "launch_callback",
+        ),
+        process="server",
+        reason="A server whose port is taken loads its model, and then neither serves nor ends.",
+        upstream="the same check at the head of the function, for every model",
+    ),
     *(
         Seam(
             target=f"sglang.srt.entrypoints.engine:Engine.{function}",
