@@ -33,7 +33,11 @@ OTHERS = {
     "GPT2LMHeadModel": "GPT2Config",
     "MixtralForCausalLM": "MixtralConfig",
     "OPTForCausalLM": "OPTConfig",
+    "Olmo2ForCausalLM": "Olmo2Config",
+    "PersimmonForCausalLM": "PersimmonConfig",
+    "Phi3ForCausalLM": "Phi3Config",
     "Qwen3MoeForCausalLM": "Qwen3MoeConfig",
+    "Starcoder2ForCausalLM": "Starcoder2Config",
 }
 """Language models that no pipeline encodes with and no table of ours names."""
 
@@ -99,7 +103,7 @@ def random_config(rng: random.Random, architecture: str, **fixed: Any) -> Pretra
             text["attn_logit_softcapping"] = rng.uniform(1, 20)
         else:
             text["layer_types"] = [rng.choice(kinds) for _ in range(text["num_hidden_layers"])]
-    if name.startswith("Mistral"):
+    if name.startswith(("Mistral", "Phi3", "Starcoder2")):
         text["sliding_window"] = None
     if name == "MixtralConfig":
         text |= {"num_local_experts": 4, "num_experts_per_tok": 2}

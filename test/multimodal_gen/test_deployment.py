@@ -88,14 +88,20 @@ def test_one_that_dies_comes_back(deployment: Deployment) -> None:
     assert deployment.health().status_code == 200
 
 
-def test_a_port_in_use(deployment: Deployment, flux: Path) -> None:
+@pytest.mark.parametrize("whose", ["another's", "its own"])
+def test_a_port_in_use(deployment: Deployment, flux: Path, whose: str) -> None:
+    its_own = ports()
     port = deployment.encoder_url.rpartition(":")[2]
+    says = "in use"
+    if whose == "its own":
+        port, says = str(its_own["scheduler_port"]), "one of the diffusion server's own"
     command = [str(Path(sys.executable).with_name("sglang")), "generate", "--model-path", str(flux)]
-    command += as_flags(FLUX_FLOAT32 | ports())
+    command += as_flags(FLUX_FLOAT32 | its_own)
     command += ["--prompt", PROMPT, "--srt-encoders", f"text_encoder_2=server:{port}"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode != 0
-    assert f"text_encoder_2=server:{port}: port {port} is in use" in ended.stdout + ended.stderr
+    said = f"text_encoder_2=server:{port}: port {port} is {says}"
+    assert said in ended.stdout + ended.stderr
 
 
 def test_nothing_is_left_of_it(deployment: Deployment) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fastapi
+import msgspec
 import pytest
 import torch
 import transformers
@@ -21,6 +22,7 @@ from sglang.multimodal_gen.runtime.srt_encoder.checkpoint import Checkpoint
 from sglang.multimodal_gen.runtime.srt_encoder.encoder import EncoderError
 from sglang.multimodal_gen.runtime.srt_encoder.servers import EncodeServers
 from sglang.srt.encode_only import wire
+from sglang.srt.encode_only.client import EncoderClient
 from sglang.srt.encode_only.local_server import LocalServer
 from sglang.srt.encode_only.request import (
     EncodeInput,
@@ -125,6 +127,58 @@ def test_one_that_fails_is_passed_over_and_asked_again_later(
             while which(relays, ask, prompt(mine)) != {0}:
                 assert time.monotonic() < deadline, "It is not asked again."
                 time.sleep(0.2)
+
+
+def test_other_weights_are_seen_once_it_is_back(relays, t5_folder, t5_server) -> None:
+    """However long it was down, and though it was asked meanwhile."""
+    ask = EncodeServers("text_encoder_2", [relays[0].url], Checkpoint.read(str(t5_folder)), TIMEOUT)
+    with relays[0].to(t5_server.url):
+        ask(prompt(1))
+        assert not ask.changed()
+    for _ in range(5):
+        assert not ask.changed()
+        with pytest.raises(EncoderError):
+            ask(prompt(1))
+    with EncoderClient(t5_server.url) as client:
+        other = msgspec.structs.replace(client.info(), weights="another.0")
+    body = msgspec.json.encode(other)
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: {wire.JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with relays[0].saying(head.encode() + body):
+        assert ask.changed()
+    assert ask.updates == 1
+
+
+def test_the_text_half_of_a_whole_clip_projects(tmp_path: Path) -> None:
+    """So it is the encoder of pipelines whose CLIP does, and of no others."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+    config = transformers.CLIPTextConfig(**sizes, projection_dim=32)
+    whole = transformers.CLIPConfig(text_config=config.to_dict(), projection_dim=32)
+    whole.text_config.projection_dim = 512
+    read = {}
+    for made, architecture in (
+        (config, "CLIPTextModel"),
+        (config, "CLIPTextModelWithProjection"),
+        (whole, "CLIPModel"),
+    ):
+        made.architectures = [architecture]
+        made.save_pretrained(tmp_path / architecture)
+        read[architecture] = Checkpoint.read(str(tmp_path / architecture))
+    assert {one.pooled_size for one in read.values()} == {32}
+    for mine in read.values():
+        for served in read.values():
+            info = EncoderInfo(
+                model="a server's",
+                architecture=served.architecture,
+                num_layers=served.num_layers,
+                hidden_size=served.hidden_size,
+                vocab_size=served.vocab_size,
+                max_length=77,
+                dtype="float32",
+                pooled_size=served.pooled_size,
+                causal=True,
+            )
+            projects = [one.architecture != "CLIPTextModel" for one in (mine, served)]
+            assert (mine.mismatch(info) is None) == (projects[0] == projects[1])
 
 
 @pytest.mark.parametrize("count", [1, 5])

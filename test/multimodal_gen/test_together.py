@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -175,6 +175,22 @@ def test_a_stage_that_changes_prompts_is_asked_for_what_it_makes_of_them(make) -
     for one, prompt in zip(found, ("a fox, at dawn", "two boats, at dawn"), strict=True):
         (alone,) = plain.run(prompt, negative="blurry")
         torch.testing.assert_close(one.prompt_embeds, alone.prompt_embeds, rtol=1e-5, atol=5e-6)
+
+
+def test_prompts_that_wait_are_not_encoded_where_they_come_as_others(make) -> None:
+    """As those of a pipeline whose first stage writes them anew."""
+    made = make(True)
+    for encoder, asked in zip(made.stage.text_encoders, made.asked, strict=True):
+        encoder._encode = Early(cast("Any", lambda inputs, _, asked=asked: asked(inputs)))
+    made.stage.forward(request("a fox", None), made.server_args)
+    for came in ("two boats", ["two boats"], "two boats at dawn"):
+        assert together.elsewhere().keys() == {0, 1, 2}
+        waiting = request("two boats", None)
+        waiting.request_id = "boats"
+        together.lead([waiting], [0])
+        waiting.prompt = came
+        made.stage.forward(waiting, made.server_args)
+    assert not together.elsewhere()
 
 
 def test_the_order_in_which_components_are_used_is_the_stage_s(make) -> None:

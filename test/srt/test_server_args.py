@@ -235,7 +235,7 @@ def test_a_language_model_has_no_cache_and_the_length_of_its_config(
     assert cfg.disable_radix_cache and cfg.prefill_only_disable_kv_cache
     # Its config has no positions of its own, so transformers' 2048.
     assert max_length(cfg) == 2048
-    with pytest.raises(ValueError, match="2049 is beyond the 2048 positions"):
+    with pytest.raises(ValueError, match="2049 is beyond the 2048 tokens"):
         resolved(monkeypatch, model_path=str(llama_folder), context_length=2049)
 
 

@@ -329,6 +329,28 @@ def test_a_weight_missing_or_of_another_shape(
         open_encoder(tmp_path)
 
 
+@pytest.mark.parametrize("way", ["scaled float8", "int8"])
+def test_weights_that_mean_something_else_are_refused(
+    way: str, tmp_path: Path, open_encoder: Open
+) -> None:
+    """As other programs quantize them, without a word in config.json; float8 alone is a number."""
+    model = write_t5(tmp_path, random_config(random.Random(9), "T5"), "T5EncoderModel")
+    name = "encoder.block.0.layer.0.SelfAttention.k.weight"
+    weight = model.state_dict()[name]
+    if way == "int8":
+        edit_weights(tmp_path, **{name: (weight * 10).to(torch.int8)})
+        says = rf"{name} is torch\.int8 in the checkpoint"
+    else:
+        edit_weights(tmp_path, **{name: weight.to(torch.float8_e4m3fn)})
+        states = open_encoder(tmp_path).encode([EncodeInput(token_ids=[5, 6])])
+        assert states[0].last_hidden_state.isfinite().all()
+        scale = name.replace("weight", "scale_weight")
+        edit_weights(tmp_path, **{scale: torch.ones(1)})
+        says = f"The checkpoint has {scale}, without which"
+    with pytest.raises(ValueError, match=says):
+        open_encoder(tmp_path)
+
+
 def test_weights_that_the_encoder_does_not_use_are_counted(
     tmp_path: Path, open_encoder: Open, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from sglang.srt.layers.packed_linear import pack_linears
 from sglang.srt.layers.pooler import EmbeddingPoolerOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.runtime_context import get_parallel
 from torch import nn
 from transformers import AutoModel, PretrainedConfig
 
@@ -58,13 +60,17 @@ class DecoderEncoder(nn.Module):
         if not hasattr(text_config, "hidden_act") and hasattr(text_config, "hidden_activation"):
             # What transformers writes for Gemma; srt reads the older name.
             text_config.hidden_act = text_config.hidden_activation
-        super().__init__(text_config, quant_config=quant_config, prefix=prefix)
+        # Some classes have no prefix to their names.
+        named = {"prefix": prefix} if prefix else {}
+        super().__init__(text_config, quant_config=quant_config, **named)
         text_model, blocks = _text_model(self, text_config.num_hidden_layers)
         # Past nn.Module, for which their parameters would then have several names.
         object.__setattr__(self, "_text_model", text_model)
         object.__setattr__(self, "_blocks", blocks)
         object.__setattr__(self, "_boundary", _boundary(blocks))
         self._config = text_config
+        self._quantized = quant_config is not None
+        self._positions = _positions_of(text_model)
         self._capture: LayerCapture | None = None
         self._owes: bool | None = None
         for k, block in enumerate(blocks):
@@ -77,16 +83,15 @@ class DecoderEncoder(nn.Module):
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         forward_batch: ForwardBatch,
-        input_embeds: torch.Tensor | None = None,
-        get_embedding: bool = True,
         **_: Any,
     ) -> EmbeddingPoolerOutput:
         num_layers = len(self._blocks)
         capture = LayerCapture(forward_batch, num_layers)
         self._capture = capture
         try:
-            given = () if input_embeds is None else (input_embeds,)
-            x_th = self._text_model(input_ids, positions, forward_batch, *given)
+            x_th = self._text_model(
+                input_ids=input_ids, forward_batch=forward_batch, **{self._positions: positions}
+            )
             capture.offer(num_layers, x_th)
             capture.offer(LAST_HIDDEN_STATE, x_th)
         except _Enough:
@@ -103,21 +108,26 @@ class DecoderEncoder(nn.Module):
         """Takes the text model's weights, under any of the names that transformers gives them.
 
         Raises:
-            ValueError: one is missing, or does not fit what the config describes.
+            ValueError: one is missing, does not fit what the config describes, or is none that
+                srt's class reads.
         """
+        shapes = {} if self._quantized else _shapes(self._config)
+        self._refuse_unread(shapes)
         for param in self._required().values():
             param.data.fill_(float("nan"))
         reading = _Reading(
             weights,
+            text_model=self._text_model,
             rename=getattr(self, "model", None) is self._text_model,
-            shapes=_shapes(self._config) if self.quant_config is None else {},
+            shapes=shapes,
         )
         try:
             loaded = super().load_weights(reading)
         except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+            why = str(error).rstrip(".") or type(error).__name__
             raise ValueError(
                 f"{reading.name}, {reading.shape} in the checkpoint, does not fit what its "
-                f"config.json describes: {error or type(error).__name__}."
+                f"config.json describes: {why}."
             ) from error
         missing = [name for name, param in self._required().items() if param.isnan().any()]
         if missing:
@@ -129,6 +139,27 @@ class DecoderEncoder(nn.Module):
         if isinstance(getattr(self, "lm_head", None), nn.Module):
             self.lm_head = nn.Identity()
         return loaded
+
+    def _refuse_unread(self, shapes: Mapping[str, list[int]]) -> None:
+        """ValueError where weights of these shapes are more than srt's class holds, which passes
+        over what it has no place for."""
+        described = {name: math.prod(shape) for name, shape in shapes.items()}
+        held = {name: param.numel() for name, param in self._text_model.named_parameters()}
+        # Biases apart, since a vocabulary's padding is more than some of them.
+        for biases in (True, False):
+            here, there = (
+                {name: size for name, size in sizes.items() if name.endswith("bias") == biases}
+                for sizes in (held, described)
+            )
+            # Ranks hold a part each, or all of it.
+            if sum(here.values()) * get_parallel().tp_size < sum(there.values()):
+                known = {_last_two(name) for name in here}
+                unread = dict.fromkeys(_last_two(name) for name in there)
+                raise ValueError(
+                    f"srt's {type(self).__name__} has no place for all weights that its "
+                    "config.json describes, and would compute without them. It has none by these "
+                    f"names: {', '.join(name for name in unread if name not in known)}."
+                )
 
     def _required(self) -> dict[str, nn.Parameter]:
         """By name, the parameters that a checkpoint has to have and that can be no number."""
@@ -147,6 +178,7 @@ class _Reading(Iterable[tuple[str, torch.Tensor]]):
 
     Args:
         weights: of the checkpoint, by name.
+        text_model: srt's.
         rename: whether srt's class has the text model as `model`; else names stay as they are.
         shapes: what the config describes, by the names within a text model.
 
@@ -159,10 +191,13 @@ class _Reading(Iterable[tuple[str, torch.Tensor]]):
         self,
         weights: Iterable[tuple[str, torch.Tensor]],
         *,
+        text_model: nn.Module,
         rename: bool,
         shapes: Mapping[str, list[int]],
     ):
         self.name, self.shape = "", []
+        children = (f"{name}." for name, _ in text_model.named_children())
+        self._parts = (*_TEXT_MODEL, *children)
         self.taken = self.skipped = 0
         self._weights = weights
         self._rename = rename
@@ -173,7 +208,7 @@ class _Reading(Iterable[tuple[str, torch.Tensor]]):
             self.name, self.shape = name, list(tensor.shape)
             prefix = next(p for p in _PREFIXES if name.startswith(p))
             rest = name.removeprefix(prefix)
-            if not self._rename or rest.startswith(_TEXT_MODEL):
+            if not self._rename or rest.startswith(self._parts):
                 self.taken += 1
                 # srt takes what it needs of a fused parameter's part that is too large.
                 if self.shape != (expected := self._shapes.get(rest, self.shape)):
@@ -181,6 +216,10 @@ class _Reading(Iterable[tuple[str, torch.Tensor]]):
                 yield f"model.{rest}" if self._rename else name, tensor
             else:
                 self.skipped += 1
+
+
+def _last_two(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 def _shapes(text_config: PretrainedConfig) -> dict[str, list[int]]:
@@ -240,7 +279,12 @@ class _Tap:
                 )
             finally:
                 encoder._capture = capture
-            encoder._owes = not torch.equal(one[0], other[0])
+            told = one[0].isfinite() & other[0].isfinite()
+            owes = bool((one[0] != other[0])[told].any())
+            if not owes and not told.any():
+                # Nothing can be told from what is no number, and nothing is wrong about it.
+                return True
+            encoder._owes = owes
         return encoder._owes
 
     def take(self, hidden_th: torch.Tensor, *, owned: bool = False) -> None:
@@ -290,6 +334,18 @@ def _boundary(blocks: nn.ModuleList) -> StageBoundary | None:
                 "encode-only mode cannot take hidden states from them."
             )
     return found[0] if found else None
+
+
+def _positions_of(text_model: nn.Module) -> str:
+    """What srt's class calls the positions."""
+    parameters = inspect.signature(text_model.forward).parameters
+    for name in ("positions", "position_ids"):
+        if name in parameters:
+            return name
+    raise ValueError(
+        f"{type(text_model).__name__} takes {', '.join(parameters)}, and no positions; encode-only "
+        "mode cannot run it."
+    )
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 from sglang.srt.encode_only.request import EncoderInfo
 from sglang.srt.environ import envs
+from sglang.srt.utils.hf_transformers_utils import get_hf_text_config
 
 MAX_LENGTH = "encode_max_length"
 """The key of a checkpoint's config that holds the most tokens of an input,"""
@@ -35,6 +36,7 @@ class Encoder(msgspec.Struct, frozen=True, kw_only=True):
             positions.
         pooled_size: the field of the config, or else of its text config, with the width of the
             pooled vector; None for a model that has none.
+        windows: whether srt's class has the sliding windows that a checkpoint describes.
         stock: whether stock srt serves the architecture too, in a way of its own.
     """
 
@@ -43,7 +45,31 @@ class Encoder(msgspec.Struct, frozen=True, kw_only=True):
     causal: bool = False
     max_positions: str | None = None
     pooled_size: str | None = None
+    windows: bool = False
     stock: bool = False
+
+    def longest(self, text_config: Any) -> int | None:
+        """Most tokens of an input that the model takes as its text config describes it; None
+        where nothing limits them."""
+        limits = []
+        if self.max_positions is not None:
+            limits.append(getattr(text_config, self.max_positions, None))
+        if self.decoder:
+            if not self.windows:
+                # Within a window that srt's class does not have, it makes no difference.
+                limits.append(_window(text_config))
+            rope = _rope(text_config)
+            # srt scales a batch by its longest prompt, or leaves out what longer ones ask for.
+            if rope.get("rope_type") == "longrope" or "llama_4_scaling_beta" in rope:
+                first = "original_max_position_embeddings"
+                limits.append(rope.get(first) or getattr(text_config, first, None))
+        return min((one for one in limits if one is not None), default=None)
+
+    def pooled_width(self, config: Any, text_config: Any) -> int | None:
+        """The width of the pooled vector, None where there is none."""
+        if self.pooled_size is None:
+            return None
+        return getattr(config, self.pooled_size, None) or getattr(text_config, self.pooled_size)
 
     def model_class(self) -> type:
         """The class that srt builds."""
@@ -53,6 +79,38 @@ class Encoder(msgspec.Struct, frozen=True, kw_only=True):
         from sglang.srt.encode_only.decoders import as_encoder
 
         return as_encoder(found)
+
+
+def _window(text_config: Any) -> int | None:
+    """The tokens of a sliding window that some layer of a language model has."""
+    kinds = getattr(text_config, "layer_types", None)
+    if getattr(text_config, "use_sliding_window", True) is False or (
+        kinds and "sliding_attention" not in kinds
+    ):
+        return None
+    return getattr(text_config, "sliding_window", None)
+
+
+def _rope(text_config: Any) -> dict[str, Any]:
+    """How a language model's positions are rotated, where all its layers do so alike."""
+    return getattr(text_config, "rope_parameters", None) or {}
+
+
+def _unlike_srt(text_config: Any) -> str | None:
+    """What a language model's config describes that srt's classes compute otherwise."""
+    if getattr(text_config, "is_causal", None) is False:
+        return "is_causal is false in its config.json, and srt's class for it attends causally"
+    if getattr(text_config, "use_bidirectional_attention", None) in (True, "all"):
+        return (
+            "use_bidirectional_attention is set in its config.json, and srt's class for it attends "
+            "causally"
+        )
+    if _rope(text_config).get("rope_type") == "dynamic":
+        return (
+            "its rope_type is dynamic, by which positions depend on the length of a prompt; srt's "
+            "do not"
+        )
+    return None
 
 
 _CLIP = Encoder(
@@ -74,6 +132,7 @@ def _decoder(model: str) -> Encoder:
         decoder=True,
         causal=True,
         max_positions="max_position_embeddings",
+        windows=model.startswith("sglang.srt.models.gemma"),
         stock=True,
     )
 
@@ -157,7 +216,7 @@ def encoder_of(hf_config: Any) -> Encoder:
     """The encoder for a checkpoint with that Hugging Face config.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one that would compute something else.
     """
     architectures = hf_config.architectures
     encoder = find_encoder(architectures) or find_decoder(architectures)
@@ -166,6 +225,9 @@ def encoder_of(hf_config: Any) -> Encoder:
             f"its architecture is {architectures}. Encode-only mode serves {', '.join(ENCODERS)}, "
             "and every causal language model of text alone that srt serves."
         )
+    unlike = _unlike_srt(get_hf_text_config(hf_config)) if encoder.decoder else None
+    if unlike is not None:
+        raise ValueError(f"{unlike}.")
     return encoder
 
 
@@ -179,7 +241,6 @@ def info_of(model: str, model_config: Any, updates: int = 0) -> EncoderInfo:
     """
     config, text_config = model_config.hf_config, model_config.hf_text_config
     encoder = encoder_of(config)
-    field = encoder.pooled_size
     return EncoderInfo(
         model=model,
         architecture=config.architectures[0],
@@ -188,9 +249,7 @@ def info_of(model: str, model_config: Any, updates: int = 0) -> EncoderInfo:
         vocab_size=model_config.vocab_size,
         max_length=getattr(config, MAX_LENGTH),
         dtype=str(model_config.dtype).removeprefix("torch."),
-        pooled_size=(getattr(config, field, None) or getattr(text_config, field))
-        if field
-        else None,
+        pooled_size=encoder.pooled_width(config, text_config),
         causal=encoder.causal,
         weights=f"{getattr(config, WEIGHTS)}.{updates}",
         soft_cap=getattr(text_config, "attn_logit_softcapping", None),

@@ -67,7 +67,24 @@ class ServerArgs(StockServerArgs):  # type: ignore[misc, valid-type]
         if self.is_embedding_encoder:
             from sglang.srt.encode_only.plugin import enter_encode_only
 
+            _expect_length(resolving_view(self).context_length)
             enter_encode_only(_hf_config_of(self))
+
+
+_EXPECTED_LENGTHS: set[int] = set()
+
+
+def _expect_length(packed_length: int) -> None:
+    """Has srt not warn that a request may be longer than an input: it holds several."""
+    logging.getLogger("sglang.srt.configs.model_config").addFilter(_is_unexpected)
+    _EXPECTED_LENGTHS.add(packed_length)
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return not any(
+        f"context_length ({length}) is greater than" in said for length in _EXPECTED_LENGTHS
+    )
 
 
 # What a user may have set that encode-only mode cannot honour: the field, its neutral values, why.
@@ -137,16 +154,18 @@ def _resolve_encode_only(server_args: Any) -> None:
         read_ahead.start(cfg.model_path)
     text_config = get_hf_text_config(hf_config)
 
-    limit = getattr(text_config, encoder.max_positions, None) if encoder.max_positions else None
+    limit = encoder.longest(text_config)
     length = cfg.context_length or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     if limit is not None and length > limit:
         raise ValueError(
-            f"--context-length {length} is beyond the {limit} positions of {cfg.model_path}."
+            f"--context-length {length} is beyond the {limit} tokens for which srt has positions "
+            f"and windows as {cfg.model_path} describes them."
         )
     if length < 1:
         raise ValueError(f"--context-length is {length}; give at least 1.")
     # Of a request, into which inputs are packed.
     packed_length = max(length, cfg.max_prefill_tokens) + RESERVED_TOKENS
+    _expect_length(packed_length)
     # One budget bounds a batch: its tokens. A longer input is a batch of its own. srt counts those
     # of two batches, of which one is on its way while the other runs.
     batch = max(cfg.max_prefill_tokens, length + 64)

@@ -18,6 +18,11 @@ from transformers import PretrainedConfig
 logger = logging.getLogger(__name__)
 
 
+_PACKED_WEIGHTS = ("qweight", "weight_packed")
+"""What a quantized weight is called where it is not called a weight; all else beside says how to
+read it."""
+
+
 class Destination(NamedTuple):
     """Where a weight of the checkpoint goes.
 
@@ -79,18 +84,25 @@ def load_encoder(
         rename: from a name in the checkpoint to one in `destinations`.
 
     Raises:
-        ValueError: a weight is missing or has another shape than the config describes.
+        ValueError: a weight is missing or has another shape than the config describes, or
+            something lies beside one that the encoder does not read.
     """
     missing = set(destinations)
     unused: collections.Counter[str] = collections.Counter()
     for name, tensor in weights:
         target = rename(name)
         module, _, parameter = target.rpartition(".")
+        is_weight = target in destinations or parameter in _PACKED_WEIGHTS
         if quantized and target not in destinations:
             target = f"{module}.weight"
         to = destinations.get(target)
         param = getattr(to.module, parameter, None) if to else None
         if to is None or param is None:
+            if f"{module}.weight" in destinations:
+                raise ValueError(
+                    f"The checkpoint has {name}, without which a weight of the encoder would mean "
+                    "something else; what its config.json describes has no place for it."
+                )
             unused[name.partition(".")[0]] += 1
             continue
         if not quantized and tuple(tensor.shape) != to.shape:
@@ -98,9 +110,15 @@ def load_encoder(
                 f"{name} is {list(tensor.shape)} in the checkpoint, but its config.json "
                 f"describes {list(to.shape)}."
             )
+        if not quantized and not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} is {tensor.dtype} in the checkpoint, but its config.json has no "
+                "quantization_config, which would say what of."
+            )
         loader = getattr(param, "weight_loader", default_weight_loader)
         loader(param, tensor, *(() if to.shard is None else (to.shard,)))
-        missing.discard(target)
+        if is_weight:
+            missing.discard(target)
     if missing:
         raise lacking(missing)
     # Leftovers of an encoder mean that the config describes another one.

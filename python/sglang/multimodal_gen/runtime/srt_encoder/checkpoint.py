@@ -53,14 +53,13 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
         encoder = encoder_of(config)
         text = getattr(config, "text_config", config)
         eos = text.eos_token_id
-        positions = getattr(text, encoder.max_positions, None) if encoder.max_positions else None
         return cls(
             architecture=config.architectures[0],
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
-            max_length=min(positions or LONGEST, LONGEST),
-            pooled_size=getattr(text, encoder.pooled_size) if encoder.pooled_size else None,
+            max_length=min(encoder.longest(text) or LONGEST, LONGEST),
+            pooled_size=encoder.pooled_width(config, text),
             end_of_text=None if eos == 2 or not isinstance(eos, int) else eos,
             overrides=OVERRIDES.get(text.model_type.removesuffix("_text"), {}),
         )
@@ -90,6 +89,9 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 def _family(architecture: str) -> str:
     """What the classes for one text encoder have in common, whatever else a checkpoint holds."""
+    if architecture == "CLIPModel":
+        # Whose text half projects what it pools.
+        return "CLIPTextModelWithProjection"
     for kind in ("EncoderModel", "ForConditionalGeneration", "ForCausalLM", "TextModel", "Model"):
         if architecture.endswith(kind):
             return architecture.removesuffix(kind)

@@ -132,7 +132,10 @@ def _launch(
     encoders = text_encoders(server_args)
     refuse_pads_that_come_first(server_args, encoders)
     with contextlib.ExitStack() as stack:
-        encoders = stack.enter_context(_servers(encoders, server_args.host or LOOPBACK, gpu))
+        own = {server_args.master_port, *(server_args.scheduler_ports or ())}
+        if kwargs.get("launch_http_server", True):
+            own.add(server_args.port)
+        encoders = stack.enter_context(_servers(encoders, server_args.host or LOOPBACK, gpu, own))
         logger.info("Text encoders:\n%s", table(encoders))
         processes = original(_placed(server_args, encoders), *args, **kwargs)
         if any(process.is_alive() for process in processes or ()):
@@ -227,8 +230,13 @@ def table(encoders: list[TextEncoder]) -> str:
 
 
 @contextlib.contextmanager
-def _servers(encoders: list[TextEncoder], host: str, gpu: int) -> Iterator[list[TextEncoder]]:
+def _servers(
+    encoders: list[TextEncoder], host: str, gpu: int, own_ports: set[int | None]
+) -> Iterator[list[TextEncoder]]:
     """Those of the placement `server` on servers that are up; all are started at once.
+
+    Args:
+        own_ports: on which the diffusion server itself is going to listen.
 
     Raises:
         ValueError: a port is taken.
@@ -236,11 +244,13 @@ def _servers(encoders: list[TextEncoder], host: str, gpu: int) -> Iterator[list[
     """
     beside = {one: one.placement for one in encoders if isinstance(one.placement, Beside)}
     for one, placement in beside.items():
-        if placement.port is not None and not _is_free(host, placement.port):
-            raise ValueError(
-                f"{FLAG} {one.component}={as_option(placement)}: port {placement.port} is in use. "
-                "Give another, or none."
-            )
+        if placement.port is None:
+            continue
+        where = f"{FLAG} {one.component}={as_option(placement)}: port {placement.port} is"
+        if placement.port in own_ports:
+            raise ValueError(f"{where} one of the diffusion server's own. Give another, or none.")
+        if not _is_free(host, placement.port):
+            raise ValueError(f"{where} in use. Give another, or none.")
     with contextlib.ExitStack() as stack:
         started: dict[str, KeptServer] = {}
         for one, placement in beside.items():

@@ -194,8 +194,15 @@ def _place(component: str | None, value: str) -> Placement:
 def _url(component: str | None, text: str) -> str:
     where = FLAG if component is None else f"{FLAG} {component}="
     said = shown(text)
-    parts = urlsplit(text)
-    if parts.scheme in ("http", "https") and parts.hostname:
+    try:
+        parts = urlsplit(text)
+        usable = bool(parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
+    except ValueError:
+        raise ValueError(
+            f"{where}: the host or the port of {said!r} cannot be read; give http://HOST:PORT, of "
+            "which the port is a number of 1 to 65535."
+        ) from None
+    if usable:
         return text.rstrip("/")
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?|\[[\da-fA-F:]+\]:\d+(/.*)?", text):
         raise ValueError(f"{where}: {said!r} is a URL without its scheme; write http://{said}.")

@@ -24,6 +24,9 @@ MAX_PAUSE = 30.0
 INFO_TIMEOUT = 5.0
 """Seconds that a server has to say which weights it has."""
 
+SILENCE = 0.5
+"""Seconds after which a server that has failed is not asked about its weights for a while."""
+
 RETRY = 0.5
 """Seconds until servers that are started again are asked again."""
 
@@ -40,16 +43,19 @@ class Server:
     Attributes:
         calls: under way.
         paused_until: by `time.monotonic()`.
+        silent: whether it took its time to fail, as a host does that is gone.
     """
 
     def __init__(self, client: EncoderClient):
         self.client = client
         self.calls = 0
         self.paused_until = 0.0
+        self.silent = False
         self._pause = 0.0
 
-    def failed(self) -> None:
-        """Others are asked before it for a while, longer each time."""
+    def failed(self, seconds: float) -> None:
+        """Others are asked before it for a while, longer each time. It took `seconds` to fail."""
+        self.silent = seconds > SILENCE
         self._pause = min(max(1.0, 2 * self._pause), MAX_PAUSE)
         self.paused_until = time.monotonic() + self._pause
 
@@ -101,7 +107,8 @@ class EncodeServers:
         """Whether a server has other weights than at the last call of this, as far as they say."""
         now = time.monotonic()
         for server in self._servers:
-            if server.paused_until > now:
+            # One whose host says at once that nobody is there may be there the next moment.
+            if server.paused_until > now and server.silent:
                 continue
             # One that is down has no newer weights.
             with contextlib.suppress(EncoderUnavailable, RequestError), self._call(server):
@@ -206,13 +213,14 @@ class EncodeServers:
 
     @contextlib.contextmanager
     def _call(self, server: Server) -> Iterator[None]:
+        began = time.monotonic()
         with self._lock:
             server.calls += 1
         try:
             yield
         except EncoderUnavailable:
             with self._lock:
-                server.failed()
+                server.failed(time.monotonic() - began)
             raise
         else:
             with self._lock:

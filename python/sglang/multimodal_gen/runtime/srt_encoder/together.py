@@ -8,7 +8,9 @@ answers are there or under way. What its caches hold is not asked for.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -78,6 +80,10 @@ def _autocast() -> dict[str, tuple[bool, torch.dtype]]:
 
 
 _last: _Setting | None = None
+# The prompts of requests that waited, after their ids, as the stage was led through them,
+_led: collections.deque[tuple[str, str]] = collections.deque(maxlen=64)
+# and the stages to which a prompt came as another: a stage before them rewrites it.
+_get_others: weakref.WeakSet[TextEncodingStage] = weakref.WeakSet()
 _asked: ContextVar[bool] = ContextVar("asked", default=False)
 _callers = ThreadPoolExecutor(8, "srt-encoders")
 
@@ -86,6 +92,10 @@ def one(
     original: Callable[..., Req], self: TextEncodingStage, batch: Req, server_args: ServerArgs
 ) -> Req:
     """AROUND `TextEncodingStage.forward`: a prompt, its negative one, for every encoder."""
+    was = dict(_led).get(batch.request_id, batch.prompt)
+    # One that is made of several requests has several prompts.
+    if isinstance(batch.prompt, str) and batch.prompt != was:
+        _get_others.add(self)
     with _together(self, [batch], server_args):
         return original(self, batch, server_args)
 
@@ -142,7 +152,9 @@ def _encoders(stage: TextEncodingStage) -> dict[int, SrtTextEncoder]:
 
 def elsewhere() -> dict[int, Early]:
     """Those of the stage that encoded last that are on servers, and are asked by this rank."""
-    encoders = _encoders(_last.stage) if _last is not None and _is_plain(_last.stage) else {}
+    if _last is None or not _is_plain(_last.stage) or _last.stage in _get_others:
+        return {}
+    encoders = _encoders(_last.stage)
     return {i: e.encode for i, e in encoders.items() if isinstance(e.encode, Early)}
 
 
@@ -153,6 +165,11 @@ def lead(batches: list[Req], indexes: Iterable[int]) -> list[list[EncodeInput]]:
     """
     assert _last is not None, "No stage has encoded yet. This is a bug."
     noted = []
+    _led.extend(
+        (batch.request_id, batch.prompt)
+        for batch in batches
+        if batch.request_id is not None and isinstance(batch.prompt, str)
+    )
     with _last.again():
         for i in indexes:
             with _encoders(_last.stage)[i].noting(alone=True) as inputs:
