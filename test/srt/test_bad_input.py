@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 
 import httpx
 import pytest
@@ -155,13 +156,79 @@ def test_other_methods(t5_server, method):
         ),
         ("/api/generate", {"model": "t5", "prompt": "a", "stream": False}),
         ("/api/chat", {"model": "t5", "messages": [{"role": "user", "content": "a"}]}),
+        # Of its vectors srt would make scores, and labels.
+        ("/v1/rerank", {"query": "a", "documents": ["b", "c"]}),
+        ("/v1/score", {"model": "t5", "query": "a", "items": ["b"], "label_token_ids": [5]}),
+        ("/v1/classify", {"model": "t5", "input": "a"}),
+        ("/classify", {"text": "a"}),
     ],
 )
-def test_an_encoder_does_not_generate(t5_server, path, body):
+def test_an_encoder_does_nothing_else(t5_server, path, body):
     answer = httpx.post(t5_server.url + path, json=body, timeout=60)
     message = refusal(answer)["message"]
     assert "is an encoder" in message
     assert wire.ROUTE in message
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("what", ["start", "stop", "dump"])
+def test_an_encoder_counts_no_experts(t5_server, what, method):
+    """A scheduler without a recorder would end."""
+    url = f"{t5_server.url}/{what}_expert_distribution_record"
+    assert "counts no experts" in refusal(httpx.request(method, url, timeout=60))["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (
+            "/send_weights_to_remote_instance",
+            {"master_address": "x", "ports": "1", "group_name": "none"},
+        ),
+        (
+            "/init_weights_update_group",
+            {
+                "master_address": "127.0.0.1",
+                "master_port": 1,
+                "rank_offset": 0,
+                "world_size": 1,
+                "group_name": "",
+            },
+        ),
+    ],
+)
+def test_weights_go_nowhere_and_come_from_folders_alone(t5_server, path, body):
+    answer = httpx.post(t5_server.url + path, json=body, timeout=60)
+    assert answer.status_code == 400 and "from a folder alone" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"profile_by_stage": True}, "needs `num_steps`"),
+        ({"output_dir": "/proc/none", "num_steps": 1, "activities": ["RPD"]}, "rpdTracerControl"),
+        # What cannot be written is found out later, when a batch ends it.
+        ({"output_dir": "/proc/none", "num_steps": 1, "activities": ["CPU"]}, None),
+    ],
+)
+def test_a_profile_that_cannot_be_made(t5_server, tmp_path, body, said):
+    def profile(**body) -> httpx.Response:
+        answer = httpx.post(f"{t5_server.url}/start_profile", json=body, timeout=60)
+        with EncoderClient(t5_server.url) as client:
+            for _ in range(3):
+                assert client.encode("a text of some length")[0].prompt_tokens > 1
+        return answer
+
+    answer = profile(**body)
+    assert (answer.status_code == 200) == (said is None)
+    assert (said or "") in answer.text
+    # And one that can be.
+    answer = profile(output_dir=str(tmp_path), num_steps=1, activities=["CPU"])
+    assert answer.status_code == 200, answer.text
+    until = time.monotonic() + 30
+    while not [*tmp_path.glob("*.trace.json.gz")]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("inputs", [5, [[3, [-1]]], [[1, "a", None, -3, 10**9]], []])

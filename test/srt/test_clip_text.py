@@ -117,15 +117,6 @@ def random_prompts(
 
 
 @pytest.mark.parametrize("case", range(12))
-def test_nothing_is_said_of_a_length_that_nobody_gave(
-    tmp_path: Path, open_encoder: Open, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A request holds several inputs, so that srt's own check would find it too long for CLIP."""
-    write_clip(tmp_path, random_text_config(random.Random(1)), "CLIPModel")
-    open_encoder(tmp_path)
-    assert "context_length" not in caplog.text
-
-
 def test_random_checkpoints(case: int, seed: int, tmp_path: Path, open_encoder: Open) -> None:
     rng = random.Random(seed + case)
     architecture = ARCHITECTURES[case % 3]
@@ -267,3 +258,12 @@ def test_a_model_that_the_ranks_do_not_divide(field: str, size: int) -> None:
         pytest.raises(ValueError, match=f"{field} is {size}, which --tp-size 2 does not divide"),
     ):
         CLIPTextModel(config)
+
+
+def test_nothing_is_said_of_a_length_that_nobody_gave(
+    tmp_path: Path, open_encoder: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A request holds several inputs, so that srt's own check would find it too long for CLIP."""
+    write_clip(tmp_path, random_text_config(random.Random(1)), "CLIPModel")
+    open_encoder(tmp_path)
+    assert "context_length" not in caplog.text

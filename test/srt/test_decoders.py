@@ -317,6 +317,17 @@ def test_lengths_beyond_which_srt_s_class_computes_otherwise(
         open_encoder(tmp_path, context_length=longest + 1)
 
 
+def test_there_is_no_cache_to_write_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, open_encoder: Open
+) -> None:
+    """Some of srt's classes ask for its dtype where there is CUDA, to write there on the way."""
+    monkeypatch.setattr("sglang.srt.models.utils._is_cuda", True)
+    config = random_config(random.Random(16), "Qwen3MoeForCausalLM")
+    model = write_decoder(tmp_path, config, "Qwen3MoeForCausalLM")
+    [output] = open_encoder(tmp_path).encode([EncodeInput(token_ids=[5, 6, 7])])
+    assert error_of(output.last_hidden_state, reference_states(model, [5, 6, 7])[-1]) < TOLERANCE
+
+
 def test_numbers_that_are_none_tell_nothing_of_a_model(tmp_path: Path, open_encoder: Open) -> None:
     """How a block takes its residual is found out by the first prompt, which may be no example."""
     config = random_config(random.Random(15), "CohereForCausalLM")

@@ -123,6 +123,22 @@ def check_recordings(folder: Path, seed: int) -> None:
         # A batch of more tokens than a graph has is none.
         assert [encode(129) for _ in range(2)] == [3, 3]
 
+        def lacks_memory(*_: object) -> Any:
+            made.append(lambda: None)
+            raise torch.OutOfMemoryError("no memory for a graph")
+
+        # Without memory for one there are no more for a while, but those that there are.
+        with pytest.MonkeyPatch.context() as full:
+            full.setattr(Recorder, "record", lacks_memory)
+            full.setattr(graphs, "MAX_GRAPHS", 3)
+            assert [encode(n) for n in (80, 80, 80)] == [3, 4, 4]
+            assert not encoder._model.graphs.replayed
+            assert encode(16) == 4 and encoder._model.graphs.replayed
+        made.pop()
+        # Until as many have passed as one is kept for.
+        for _ in range(4):
+            encode(16)
+
         def fails(*_: object) -> Any:
             made.append(lambda: None)
             raise RuntimeError("no graphs here")
@@ -225,8 +241,10 @@ class Driver:
 
         def capture_begin(self, *pool: object, **_: object) -> None:
             self.driver.recorded.append((self.driver.stream, *pool))
+            self.driver.recording = True
 
         def capture_end(self) -> None:
+            self.driver.recording = False
             if self.driver.refuses:
                 raise RuntimeError("the capture was invalidated")
 
@@ -237,18 +255,22 @@ class Driver:
         self.main = self.stream = self.Stream()
         self.streams: list[Any] = []
         self.recorded: list[Any] = []
-        self.refuses = False
+        self.refuses = self.recording = False
         for name, function in {
             "current_stream": lambda *_: self.stream,
             "set_stream": lambda stream: setattr(self, "stream", stream),
             "Stream": self.new_stream,
             "CUDAGraph": lambda: self.Graph(self),
-            "synchronize": lambda: None,
-            "empty_cache": lambda: None,
+            "synchronize": self.stand_still,
+            "empty_cache": self.stand_still,
             "_get_device_index": lambda *_: 1,
         }.items():
             patch.setattr(torch.cuda, name, function)
-        patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        patch.setattr(torch._C, "_host_emptyCache", self.stand_still, raising=False)
+
+    @staticmethod
+    def stand_still() -> None:
+        raise AssertionError("Whoever else is on the device waits for this, or allocates anew.")
 
     def new_stream(self, device: torch.device) -> Driver.Stream:
         assert device == self.main.device
@@ -266,7 +288,15 @@ def test_a_stream_for_all_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     [aside] = driver.streams
     assert ran == [aside] * 6
     assert driver.recorded == [(aside,), (aside, "a pool"), (aside, "a pool")]
-    driver.refuses = True
+
+    def lacks_memory() -> None:
+        if driver.recording:
+            raise torch.OutOfMemoryError
+
+    for driver.refuses in (False, True):
+        with pytest.raises(torch.OutOfMemoryError):
+            recorder.record(lacks_memory)
+        assert driver.stream is driver.main and not driver.recording
     with pytest.raises(RuntimeError, match="invalidated"):
         recorder.record(lambda: None)
     assert driver.stream is driver.main

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import torch
 from lines import address_of, connected, frozen_http, offering
-from sglang.srt.encode_only import line, wire
+from sglang.srt.encode_only import line, shared_memory, wire
 from sglang.srt.encode_only.client import AsyncEncoderClient, EncoderClient, EncoderUnavailable
 from sglang.srt.encode_only.request import EncodeInput, EncodeSpec, RequestError
 from sglang.srt.encode_only.shared_memory import Memory
@@ -235,7 +235,9 @@ def test_callers_who_leave(t5_server, client):
     assert asyncio.run(cancel()) == 3
 
 
-def test_the_scheduler_keeps_nothing_of_callers_who_are_gone(t5_server):
+def test_the_scheduler_keeps_nothing_of_callers_who_are_gone(
+    t5_server, monkeypatch: pytest.MonkeyPatch
+):
     """No memory stays mapped, and no connection open."""
 
     def held() -> int:
@@ -258,10 +260,17 @@ def test_the_scheduler_keeps_nothing_of_callers_who_are_gone(t5_server):
     assert_nothing_is_held()
     with EncoderClient(t5_server.url) as client:
         client.info()
-        # What a client does not keep is not kept for it either.
-        large = client.encode([[3] * 2000] * 140)
-        assert len(large) == 140
-        assert held() == 0
+        # Of those that are large one is kept,
+        monkeypatch.setattr(shared_memory, "MAX_KEPT_BYTES", 1 << 20)
+        both = [client.encode([[3] * 2000] * 4) for _ in range(2)]
+        assert held() == 2
+        del both
+        client.encode(IDS)
+        assert held() == 1
+        # and nothing for a client who keeps nothing.
+        monkeypatch.setattr(shared_memory, "MAX_LARGE_BYTES", 1 << 20)
+        client.encode([[3] * 2000] * 4)
+        assert_nothing_is_held()
 
 
 def test_it_is_counted_as_others_are(t5_server, client):

@@ -117,6 +117,8 @@ def test_graphs_of_an_encoder_are_as_asked(graphs: str, monkeypatch, t5_folder: 
         ("enable_memory_saver", True, "--enable-memory-saver"),
         ("prefill_attention_backend", "encode_only", "--prefill-attention-backend encode_only"),
         ("decode_attention_backend", "triton", "--decode-attention-backend triton"),
+        ("model_impl", "transformers", "--model-impl transformers"),
+        ("enable_deterministic_inference", True, "--enable-deterministic-inference True"),
     ],
 )
 def test_a_contradiction_names_the_flag_and_the_reason(
@@ -126,6 +128,39 @@ def test_a_contradiction_names_the_flag_and_the_reason(
         resolved(monkeypatch, model_path=str(t5_folder), **{field: value})
     assert flag in str(error.value)
     assert "contradicts --is-embedding-encoder: " in str(error.value)
+
+
+def test_what_is_said_of_the_config_counts(monkeypatch, llama_folder: Path, tmp_path: Path):
+    """As it does in srt."""
+    path = str(llama_folder)
+    given = {"model_path": path, "json_model_override_args": '{"max_position_embeddings": 4096}'}
+    assert max_length(resolved(monkeypatch, **given, context_length=4096)) == 4096
+    shutil.copytree(llama_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    named = json.dumps({"architectures": config.pop("architectures")})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg = resolved(monkeypatch, model_path=str(tmp_path), json_model_override_args=named)
+    assert cfg.is_embedding
+    for wrong, said in (("[]", r"is \[\]; give an object"), ("{", "is no JSON")):
+        with pytest.raises(ValueError, match=f"--json-model-override-args {said}"):
+            resolved(monkeypatch, model_path=path, json_model_override_args=wrong)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the portable CPU platform stands aside")
+def test_what_bounds_a_server_on_a_cpu(monkeypatch, t5_folder: Path):
+    """A batch may take longer than srt's watchdog waits, unless somebody wants it to bark."""
+    cfg = resolved(monkeypatch, model_path=str(t5_folder), page_size=64)
+    assert cfg.watchdog_timeout == 7200 and cfg.page_size == 1 and cfg.max_running_requests == 64
+    cfg = resolved(monkeypatch, model_path=str(t5_folder), watchdog_timeout=20)
+    assert cfg.watchdog_timeout == 20
+
+
+@pytest.mark.parametrize("given", [None, 3000])
+def test_what_bounds_a_server_on_a_gpu(monkeypatch, t5_folder: Path, given: int | None):
+    """srt's own 2,048 requests would have a table of 134 MB."""
+    monkeypatch.setattr("sglang.srt.platforms.portable_cpu.PortableCpuPlatform", type(None))
+    cfg = resolved(monkeypatch, model_path=str(t5_folder), max_running_requests=given, device="cpu")
+    assert cfg.max_running_requests == (given or 512)
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "w8a8_int8"])

@@ -129,10 +129,14 @@ def forward_what_fits(original: Any, self: BaseTpWorker, batch: ScheduleBatch) -
     """AROUND `BaseTpWorker.forward_batch_embedding`: a batch for which memory does not suffice is
     run a request at a time, and one that is too large by itself is refused (503).
 
+    What srt logs and counts as run by a graph includes ours.
+
     Not with several ranks, of which the others would wait for the one without memory.
     """
     try:
-        return original(self, batch)
+        output, graph = original(self, batch)
+        graphs = getattr(self.model_runner.model, "graphs", None)
+        return output, graph or (graphs is not None and graphs.replayed)
     except Exception as error:
         if get_parallel().tp_size > 1 or not _is_out_of_memory(error):
             raise

@@ -15,6 +15,7 @@ short prompts more than its products.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -126,6 +127,9 @@ class Graphs:
         blocks: of the model, all of a size; their weights need not be loaded.
         quantized: whether its weights are.
         max_length: most tokens of an input; None for any.
+
+    Attributes:
+        replayed: whether the last forward pass was a graph.
     """
 
     def __init__(
@@ -144,6 +148,9 @@ class Graphs:
         )
         self._graphs: dict[Shape, _Graph] = {}
         self._passes = 0
+        # The pass from which on graphs are recorded, where there was no memory for one.
+        self._record_from = 0
+        self.replayed = False
         # Sizes that there is no graph for, in the order in which they were seen.
         self._seen: dict[Shape, None] = {}
         # What graphs give, by layer, `[most tokens, hidden]`: read before the next one runs.
@@ -167,6 +174,7 @@ class Graphs:
             positions: `[tokens]` int64.
             for_good: whether there is to be a graph from now on, which is never given up.
         """
+        self.replayed = False
         backend = get_attn_backend()
         if not (
             self._usable
@@ -180,6 +188,7 @@ class Graphs:
         self._passes += 1
         if shape not in self._graphs and not (
             shape.tokens <= self._max_tokens
+            and self._passes >= self._record_from
             and (for_good or self._seen_before(shape))
             and self._make_room()
         ):
@@ -193,6 +202,13 @@ class Graphs:
             if replay is None:
                 try:
                     replay = self._record(graph, backend, forward_batch)
+                except torch.OutOfMemoryError as error:
+                    # For now: what lies free in torch's cache, a recording cannot take.
+                    logger.warning("No memory for a CUDA graph of %s: %s", shape, error)
+                    torch.cuda.empty_cache()
+                    self._record_from = self._passes + IDLE
+                    self._run(to, input_ids, positions, forward_batch)
+                    return
                 except RuntimeError as error:
                     logger.warning(
                         "No CUDA graphs: kernels are launched one by one from here on. %s", error
@@ -204,6 +220,7 @@ class Graphs:
                     return
             graph.last_used = math.inf if for_good else max(graph.last_used, self._passes)
             replay()
+            self.replayed = True
             # The next one writes where this one has written.
             for layer in shape.wanted:
                 to.offer(layer, self._states[layer][: len(input_ids)].clone())
@@ -332,11 +349,17 @@ class Recorder:
         with torch.cuda.stream(aside):
             # Kernels are compiled and loaded, and what is kept is made, before it is recorded.
             run()
-            # Other threads may go on to allocate.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"
-            ):
+            # Not by `torch.cuda.graph`, which has the whole device stand still, and gives back what
+            # torch has cached on it and of pinned memory. Other threads may go on to allocate.
+            pool = () if self._pool is None else (self._pool,)
+            graph.capture_begin(*pool, capture_error_mode="thread_local")
+            try:
                 run()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         current.wait_stream(aside)
         self._pool = graph.pool()
         return graph.replay

@@ -20,7 +20,7 @@ from fastapi.responses import Response
 from sglang.srt.encode_only import line_keys, wire
 from sglang.srt.encode_only.line import Address
 from sglang.srt.encode_only.request import RequestError
-from sglang.srt.encode_only.service import EncodeService, no_generation, service_of
+from sglang.srt.encode_only.service import EncodeService, is_encoder, service_of
 from sglang.srt.entrypoints.http_server import get_global_state
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
@@ -35,17 +35,35 @@ _REQUEST_BODY = {
 }
 _AT_ONCE = 1 << 20
 """Bytes of an answer that are written in less time than a thread takes to begin."""
-_GENERATING = (
-    "/generate",
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/api/generate",
-    "/api/chat",
-    "/invocations",
-    "/vertex_generate",
-)
+_REFUSED = {
+    "generates no text": (
+        "/generate",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/api/generate",
+        "/api/chat",
+        "/invocations",
+        "/vertex_generate",
+    ),
+    # srt would make up numbers of its vectors.
+    "judges no texts": (
+        "/classify",
+        "/v1/classify",
+        "/v1/rerank",
+        "/v1/score",
+        "/v1/decisions",
+        "/v1/systemone",
+    ),
+    # These would end the scheduler.
+    "counts no experts": (
+        "/start_expert_distribution_record",
+        "/stop_expert_distribution_record",
+        "/dump_expert_distribution_record",
+    ),
+}
+"""What an encoder does not do, and the routes of srt's that are for it."""
 
 
 @functools.cache
@@ -65,7 +83,11 @@ def install(app: FastAPI) -> None:
     routes[:0] = [
         Route(wire.ROUTE, encode, methods=["POST"]),
         *own,
-        *(Route(path, generate, methods=["POST", "PUT"]) for path in _GENERATING),
+        *(
+            Route(path, _NotDone(what), methods=["GET", "POST", "PUT"])
+            for what, paths in _REFUSED.items()
+            for path in paths
+        ),
     ]
 
 
@@ -151,9 +173,15 @@ async def other_method(request: Request) -> Response:
     return refusal
 
 
-async def generate(request: Request) -> Response:
-    """Stands for every route that would generate."""
-    return _refusal(RequestError(no_generation(_service().info.model)))
+class _NotDone:
+    """ASGI application in place of a route for something that an encoder does not do."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = RequestError(is_encoder(_service().info.model, self.what))
+        await _refusal(error)(scope, receive, send)
 
 
 async def _answer(body: bytearray, request: Request) -> Response:

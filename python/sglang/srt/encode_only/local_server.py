@@ -101,8 +101,9 @@ class LocalServer:
         if encoder:
             self.command += ["--is-embedding-encoder"]
         self.command += ["--host", host, "--port", str(self.port), *arguments]
+        words = [part for word in self.command for part in word.split("=", 1)]
         self._secrets = [
-            value for flag, value in itertools.pairwise(self.command) if flag in SECRETS and value
+            value for flag, value in itertools.pairwise(words) if flag in SECRETS and value
         ]
 
     def __enter__(self) -> LocalServer:

@@ -1,4 +1,4 @@
-"""Encode-only mode in the scheduler's log and in its Prometheus metrics."""
+"""Encode-only mode in the scheduler's log, in its Prometheus metrics and in profiles."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         PrefillStats,
         SchedulerMetricsReporter,
     )
+    from sglang.srt.managers.scheduler_components.profiler_manager import SchedulerProfilerManager
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,34 @@ def count_batch(
     batches.inc()
     sequences.inc(prefill_stats.num_new_seqs)
     tokens.inc(prefill_stats.log_input_tokens)
+
+
+def profile(original: Any, manager: SchedulerProfilerManager, asked: Any) -> Any:
+    """AROUND `SchedulerProfilerManager._profile`: what goes wrong is told to who asked for it."""
+    from sglang.srt.managers.io_struct import ProfileReqOutput
+
+    if asked.profile_by_stage and not asked.num_steps:
+        return ProfileReqOutput(success=False, message="`profile_by_stage` needs `num_steps`.")
+    try:
+        return original(manager, asked)
+    except Exception as error:
+        logger.exception("No profile.")
+        _forget_profile(manager)
+        return ProfileReqOutput(success=False, message=f"{type(error).__name__}: {error}")
+
+
+def profile_batch(original: Any, manager: SchedulerProfilerManager, batch: ScheduleBatch) -> None:
+    """AROUND `SchedulerProfilerManager._profile_batch_predicate`: the batch is run anyway."""
+    try:
+        original(manager, batch)
+    except Exception:
+        logger.exception("The profile is given up.")
+        _forget_profile(manager)
+
+
+def _forget_profile(manager: SchedulerProfilerManager) -> None:
+    manager.profile_by_stage = manager.profile_in_progress = False
+    manager.profiler_start_forward_ct = manager.profiler_target_forward_ct = None
 
 
 class Observer(NamedTuple):

@@ -32,7 +32,7 @@ from sglang.srt.encode_only.line_keys import Keys, Served, keys_in_use
 from sglang.srt.encode_only.outputs import given_up
 from sglang.srt.encode_only.outputs import refusal as refused
 from sglang.srt.encode_only.request import EncoderInfo, RequestError
-from sglang.srt.encode_only.shared_memory import MAX_KEPT_BYTES, Mapping, Offer
+from sglang.srt.encode_only.shared_memory import Mapping, Offer
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenizedEmbeddingReqInput,
@@ -337,9 +337,6 @@ class SchedulerLine:
         caller, call.caller = call.caller, None
         if caller is not None:
             caller.call = None
-            if call.memory.size > MAX_KEPT_BYTES:
-                # Nor does the caller keep it.
-                caller.memory = None
             self._say(caller, message)
 
     def _drop(self, call: _Call) -> None:

@@ -358,16 +358,45 @@ ENCODE_ONLY: tuple[Seam, ...] = (
             parameters=("self", "obj", "request"),
             process="server",
             reason="Weights that come a part at a time end the server: the first part lacks the "
-            "rest, and prompts are taken between two of them.",
+            "rest, and prompts are taken between two of them. So do groups for them that are not "
+            "there.",
             upstream="a model that says it loads weights as a whole, and a refusal by the routes",
         )
         for function in (
             "begin_weight_update",
             "end_weight_update",
+            "init_weights_update_group",
+            "init_weights_send_group_for_remote_instance",
+            "send_weights_to_remote_instance",
             "update_weights_from_distributed",
             "update_weights_from_ipc",
             "update_weights_from_tensor",
         )
+    ),
+    *(
+        Seam(
+            target="sglang.srt.managers.scheduler_components.profiler_manager"
+            f":SchedulerProfilerManager.{function}",
+            kind="around",
+            hook=f"sglang.srt.encode_only.metrics:{hook}",
+            parameters=("self", parameter),
+            process="scheduler",
+            reason="A profile that cannot be made, or written, ends the server.",
+            upstream="the same in the method",
+        )
+        for function, hook, parameter in (
+            ("_profile", "profile", "recv_req"),
+            ("_profile_batch_predicate", "profile_batch", "batch"),
+        )
+    ),
+    Seam(
+        target="sglang.srt.managers.tokenizer_control_mixin:TokenizerControlMixin._execute_profile",
+        kind="around",
+        hook="sglang.srt.encode_only.service:execute_profile",
+        parameters=("self", "req"),
+        process="server",
+        reason="Upstream answers 500, without what went wrong.",
+        upstream="the same in the routes",
     ),
     Seam(
         target="sglang.srt.managers.tokenizer_manager:TokenizerManager.configure_logging",

@@ -37,6 +37,15 @@ RESERVED_TOKENS = 7
 DEFAULT_MAX_LENGTH = 2048
 """Most tokens of an input where neither model nor user says; srt's own default."""
 
+WATCHDOG_TIMEOUT = 300.0
+"""srt's default, in seconds,"""
+CPU_WATCHDOG_TIMEOUT = 7200.0
+"""and ours for a CPU, where a batch of 16,384 tokens takes T5-XXL minutes."""
+
+MAX_RUNNING_REQUESTS = 512
+"""Most requests of a batch where the user does not say. srt has a table of them with room for a
+batch's tokens each, which an encoder does not read: 34 MB; of 2,048, srt's own default, 134 MB."""
+
 # A tokenizer has one of these.
 _VOCABULARIES = (
     "tokenizer.json",
@@ -106,6 +115,12 @@ _CONTRADICTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("enable_prefill_cp", (False, None), "an encoder's sequences are not split between ranks"),
     ("enable_pdmux", (False, None), "an encoder has no decode steps"),
     ("enable_memory_saver", (False, None), "its memory is not released while it serves"),
+    ("model_impl", ("auto", "sglang", None), "hidden states are taken of srt's own classes"),
+    (
+        "enable_deterministic_inference",
+        (False, None),
+        "that is for attention over a KV cache; a batch changes an encoder's numbers by rounding",
+    ),
     ("attention_backend", (None, *ATTENTION_BACKENDS), "it reads a KV cache"),
     ("prefill_attention_backend", (None,), "--attention-backend says it for the whole model"),
     ("decode_attention_backend", (None,), "an encoder has no decode steps"),
@@ -122,9 +137,26 @@ def _refuse_contradictions(cfg: Any) -> None:
             )
 
 
+def _overrides_of(cfg: Any) -> dict[str, Any]:
+    """What a user has of the checkpoint's config be otherwise."""
+    try:
+        overrides = json.loads(cfg.json_model_override_args)
+    except ValueError as error:
+        raise ValueError(f"--json-model-override-args is no JSON: {error}.") from None
+    if not isinstance(overrides, dict):
+        raise ValueError(
+            f"--json-model-override-args is {overrides!r}; give an object, such as "
+            """'{"max_position_embeddings": 1024}'."""
+        )
+    return overrides
+
+
 def _hf_config_of(cfg: Any) -> Any:
     return get_config(
-        cfg.model_path, trust_remote_code=cfg.trust_remote_code, revision=cfg.revision
+        cfg.model_path,
+        trust_remote_code=cfg.trust_remote_code,
+        revision=cfg.revision,
+        model_override_args=_overrides_of(cfg),
     )
 
 
@@ -175,7 +207,7 @@ def _resolve_encode_only(server_args: Any) -> None:
             f"--max-total-tokens {max_total_tokens} has no room for a batch of {batch}; leave it "
             "out, or lower --max-prefill-tokens (and --context-length) too."
         )
-    overrides = json.loads(cfg.json_model_override_args)
+    overrides = _overrides_of(cfg)
     overrides |= {MAX_LENGTH: length, WEIGHTS: secrets.token_hex(8)}
     if encoder.decoder or text_config is not hf_config:
         # With what it reserves, srt's length can be beyond the positions; an input's is not.
@@ -229,9 +261,24 @@ def _resolve_encode_only(server_args: Any) -> None:
         # Of a VL checkpoint, the text model is served.
         enable_multimodal=False,
         prefill_only_disable_kv_cache=True,
+        # Of a cache that there is none of; larger ones would count as tokens of a request.
+        page_size=1,
         attention_backend=attention,
         max_total_tokens=max_total_tokens,
+        **_bounds(cfg),
     )
+
+
+def _bounds(cfg: Any) -> dict[str, Any]:
+    """What bounds requests and batches where the user does not say."""
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.platforms.portable_cpu import PortableCpuPlatform
+
+    if not isinstance(current_platform, PortableCpuPlatform):
+        return {"max_running_requests": cfg.max_running_requests or MAX_RUNNING_REQUESTS}
+    # srt's watchdog ends a server whose batch takes longer.
+    usual = cfg.watchdog_timeout == WATCHDOG_TIMEOUT
+    return {"watchdog_timeout": CPU_WATCHDOG_TIMEOUT if usual else cfg.watchdog_timeout}
 
 
 def _refuse_quantized(cfg: Any, hf_config: Any) -> None:

@@ -289,6 +289,14 @@ async def refuse_sleep(original: Any, self: TokenizerManager, *args: Any, **kwar
     )
 
 
+async def execute_profile(original: Any, self: TokenizerManager, req: Any) -> Any:
+    """AROUND `TokenizerControlMixin._execute_profile`: 400 with what is wrong, where it is."""
+    try:
+        return await original(self, req)
+    except RuntimeError as error:
+        raise fastapi.HTTPException(400, str(error)) from error
+
+
 @functools.lru_cache(maxsize=1)
 def service_of(tokenizer_manager: TokenizerManager) -> EncodeService:
     """The service over a process's tokenizer manager."""
@@ -321,17 +329,19 @@ def validate(
 
     Raises:
         ValueError: for a generate request, which would end the scheduler, and for one with
-            pictures, sounds, films or embeddings, which would be answered without them; for
-            parameters that only EncodeService gives; for an input that is too long, has no tokens,
-            or some that the encoder has not.
+            pictures, sounds, films, embeddings or dimensions, which would be answered without
+            them; for parameters that only EncodeService gives; for an input that is too long, has
+            no tokens, or some that the encoder has not.
     """
     if isinstance(obj, GenerateReqInput):
-        raise ValueError(no_generation(self.served_model_name))
+        raise ValueError(is_encoder(self.served_model_name, "generates no text"))
     embeddings = (obj.input_embeds, obj.embed_overrides, obj.positional_embed_overrides)
     if any((obj.image_data, obj.video_data, obj.audio_data)) or embeddings != (None,) * 3:
         raise ValueError(
             f"{self.served_model_name} is a text encoder; give it texts or token ids alone."
         )
+    if obj.dimensions is not None:
+        raise ValueError("`dimensions` are not taken; cut the vectors, which are whole.")
     custom = (obj.sampling_params or {}).get("custom_params")
     if isinstance(custom, packing.Packed):
         return  # Checked, input by input.
@@ -353,9 +363,9 @@ def validate(
     original(self, obj, input_ids)
 
 
-def no_generation(model: str) -> str:
-    """What to tell those who ask an encoder to generate."""
+def is_encoder(model: str, does_not: str) -> str:
+    """What to tell those who ask an encoder for something that it does not do."""
     return (
-        f"{model} is an encoder and generates no text. POST {ROUTE} gives hidden states, "
+        f"{model} is an encoder and {does_not}. POST {ROUTE} gives hidden states, "
         "POST /v1/embeddings one vector an input."
     )

@@ -34,7 +34,10 @@ MAX_FILES = 16
 MAX_KEPT = 4
 """How many of them it keeps for further answers,"""
 MAX_KEPT_BYTES = 64 << 20
-"""and how large those are at most: eight prompts of 512 tokens are 32 MiB and their head."""
+"""and how large those are at most: eight prompts of 512 tokens are 32 MiB and their head,"""
+MAX_LARGE_BYTES = 512 << 20
+"""but for one, since whoever asks for every layer does so each time: 49 states of 1,024 tokens are
+367 MiB, for which new memory takes 0.2 s."""
 
 WRITE_AT_ONCE = 1 << 20
 """From how many bytes on an answer is written by several threads, where there are cores."""
@@ -254,14 +257,24 @@ class Memories:
     def _give_back(self, memory: Memory) -> None:
         # Where another process has the answer, it is to stay what it is.
         alone = memory.forks == _forks
-        if self._closed or not alone or len(self._kept) >= MAX_KEPT or _is_large(memory):
+        if self._closed or not alone or not self._has_room(_size(memory)):
             memory.close()
         else:
             self._kept.append(memory)
 
+    def _has_room(self, size: int) -> bool:
+        if size <= MAX_KEPT_BYTES:
+            return len(self._kept) < MAX_KEPT
+        sizes = map(_size, [*self._kept])
+        return size <= MAX_LARGE_BYTES and all(other <= MAX_KEPT_BYTES for other in sizes)
 
-def _is_large(memory: Memory) -> bool:
-    return os.fstat(memory.fd).st_size > MAX_KEPT_BYTES
+
+def _size(memory: Memory) -> int:
+    try:
+        return os.fstat(memory.fd).st_size
+    except OSError:
+        # Another thread has closed it.
+        return 0
 
 
 def _count_fork() -> None:

@@ -77,6 +77,12 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # Inductor would compile for half a minute inside the first request.
         return "eager"
 
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 

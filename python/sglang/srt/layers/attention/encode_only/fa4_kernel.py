@@ -117,12 +117,16 @@ def packed_attention(
 def compile_for_many(
     q_thd: torch.Tensor, k_thd: torch.Tensor, v_thd: torch.Tensor, **options: Any
 ) -> None:
-    """Compiles the other kernel that FlashAttention has for more than 256 sequences.
+    """Compiles the other kernels that FlashAttention has: for more than 256 sequences, and, on
+    Blackwell, for few of more than 128 tokens.
 
     Args:
         options: of `packed_attention`, as are the tensors, of which the shapes of heads count.
     """
     count = BIN_BATCH_SEARCH_THRESH + 1
     numbers = torch.arange(count + 1, dtype=torch.int32, device=q_thd.device)
-    rows = (x.new_zeros(count, *x.shape[1:]) for x in (q_thd, k_thd, v_thd))
+    rows = [x.new_zeros(count, *x.shape[1:]) for x in (q_thd, k_thd, v_thd)]
     packed_attention(*rows, numbers, torch.ones_like(numbers[1:]), **options)
+    if options["bias"] is None:
+        # With biases, which are as many as the longest sequence needs, graphs are recorded first.
+        packed_attention(*rows, numbers[[0, count]], numbers[[count]], **options)

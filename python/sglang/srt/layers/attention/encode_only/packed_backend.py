@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -67,8 +68,9 @@ class PackedBackend(AttentionBackend):
     def __init__(self, model_runner: Runner):
         super().__init__()
         self.device = torch.device(model_runner.device)
-        # Models look for them here, and do without.
-        self.token_to_kv_pool = self.req_to_token_pool = None
+        # Models look for them here, and do without: of no dtype, nothing is written there.
+        self.token_to_kv_pool: Any = SimpleNamespace(dtype=None)
+        self.req_to_token_pool = None
 
     @abstractmethod
     def take(self, lengths: Sequence[int], attend: Sequence[int]) -> None:
