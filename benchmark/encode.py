@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import math
 import multiprocessing
 import random
 import re
@@ -119,16 +120,37 @@ def check_memory(checkpoint: Checkpoint, contenders: Iterable[Contender]) -> Non
     shapes.require(f"{shape.label}, {local} contenders at once,", together, free, where)
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """A type of arguments: a whole number from `least` on."""
+
+    def read(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is too few; give {least} or more")
+        return number
+
+    read.__name__ = "whole number"
+    return read
+
+
+def positive(text: str) -> float:
+    """A type of arguments: a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is none; give a number above 0")
+    return number
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=shapes.SHAPES, default="t5-base")
-    parser.add_argument("--layers", type=int, help="of the shape, the first so many")
+    parser.add_argument("--layers", type=whole(1), help="of the shape, the first so many")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     what = parser.add_argument_group("workloads")
-    what.add_argument("--prompts", type=int, default=16)
-    what.add_argument("--tokens", type=int, default=256, help="of all prompts together")
+    what.add_argument("--prompts", type=whole(1), default=16)
+    what.add_argument("--tokens", type=whole(1), default=256, help="of all prompts together")
     what.add_argument(
         "--text",
         type=Path,
@@ -136,18 +158,20 @@ def parse(words: list[str]) -> argparse.Namespace:
         const=PROMPTS,
         help="a file of prompts, a line each, for their lengths; a few of our own by default",
     )
-    what.add_argument("--length", type=int, nargs="+", help="of every prompt, in place of --tokens")
-    what.add_argument("--batch", type=int, nargs="+", help="in place of --prompts, one by one")
+    what.add_argument(
+        "--length", type=whole(1), nargs="+", help="of every prompt, in place of --tokens"
+    )
+    what.add_argument("--batch", type=whole(1), nargs="+", help="in place of --prompts, one by one")
     what.add_argument(
         "--rate",
-        type=float,
+        type=positive,
         nargs="+",
         default=[],
         help="of prompts that arrive by chance, a second, with the lengths of --text; servers only",
     )
-    what.add_argument("--seconds", type=float, default=30, help="of each rate")
-    parser.add_argument("--rounds", type=int, default=9, help="0 for arrivals alone")
-    parser.add_argument("--slow-rounds", type=int, default=1, help="of the native encoder")
+    what.add_argument("--seconds", type=positive, default=30, help="of each rate")
+    parser.add_argument("--rounds", type=whole(0), default=9, help="0 for arrivals alone")
+    parser.add_argument("--slow-rounds", type=whole(1), default=1, help="of the native encoder")
     parser.add_argument(
         "--contenders",
         nargs="*",
@@ -172,9 +196,17 @@ def parse(words: list[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
     if args.text is not None and not args.text.is_file():
         parser.error(f"--text: there is no file {args.text}; give one with a prompt on each line")
+    if args.device == "cuda" and not cuda:
+        parser.error("--device cuda: torch sees no GPU here; give cpu")
+    if args.report is not None and args.report.exists() and not args.report.is_dir():
+        parser.error(f"--report: {args.report} is no folder")
     args.entries = {name: CONTENDERS[name] for name in args.contenders}
     try:
-        args.entries |= dict(map(by_url.parse, args.url))
+        elsewhere = list(map(by_url.parse, args.url))
+        for name, contender in elsewhere:
+            if name in args.entries:
+                parser.error(f"--url: there is a {name!r} already; give another name")
+            args.entries[name] = contender
         args.shape = shapes.SHAPES[args.shape]
         if args.layers is not None:
             args.shape = args.shape.with_layers(args.layers)
@@ -244,6 +276,8 @@ def measure(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     if args.rounds:
         time_all(report, running, products, args)
     agree = set(running).intersection(*(one.work for one in report.measured))
+    if arrivals and not any(running[name].is_server for name in agree):
+        report.left_out.append("Prompts that arrive by chance: no server among the contenders")
     for one in tqdm(arrivals, desc="arrivals", disable=not arrivals):
         for name in (name for name in running if name in agree and running[name].is_server):
             report.served.append((name, one, serve(running[name].encode, one)))

@@ -13,6 +13,9 @@ import psutil
 import torch
 
 
+_CPU_FIELDS = (("family", "cpu family"), ("model", "model"))
+
+
 def synchronize() -> None:
     """Waits for what was started on a GPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -35,10 +38,16 @@ def clock(run: Callable[[], object], *, pause: float = 0.05) -> float:
 
 
 def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    """With family and model, since virtual machines often have no better name than their maker's."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    if "model name" not in found:
+        return platform.processor()
+    known = [f"{name} {found[key]}" for name, key in _CPU_FIELDS if key in found]
+    return f"{found['model name']} ({', '.join(known)})" if known else found["model name"]
 
 
 def describe(device: str) -> list[str]:

@@ -95,6 +95,16 @@ def test_bad_values_end_the_start(flux: Path, option: str, message: str):
         parsed(flux, "--srt-encoders", *option.split())
 
 
+def test_srt_s_own_plugin_is_needed_for_what_runs_here(flux: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SGLANG_PLUGINS", "portable_cpu, srt_encoder")
+    for place in ("srt", "text_encoder_2=server"):
+        with pytest.raises(ValueError, match="needs the plugin encode_only for srt and server"):
+            given(flux, srt_encoders=place)
+    given(flux, srt_encoders="text_encoder_2=http://10.0.0.7:30000")
+    monkeypatch.setenv("SGLANG_PLUGINS", "portable_cpu, srt_encoder, encode_only")
+    given(flux, srt_encoders="srt")
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [

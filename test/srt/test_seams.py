@@ -126,6 +126,9 @@ def test_another_sglang_version_is_refused_with_one_message(tmp_path: Path):
     message = "sglang-encoder is not loaded: it is for sglang 0.5.23, and sglang 0.5.22 is"
     assert process.stderr.count(message) == 1
     assert "unrecognized arguments: --is-embedding-encoder" in process.stderr
+    # Nor is it on our platform.
+    asked = "from sglang.srt.platforms import current_platform; print(type(current_platform))"
+    assert "portable_cpu" not in run_python(asked, PYTHONPATH=str(tmp_path)).stdout
 
 
 def test_sglang_plugins_leaves_the_mode_out():

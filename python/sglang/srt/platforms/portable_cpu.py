@@ -15,6 +15,7 @@ import sys
 
 import torch
 from sglang.cli import plugins_first
+from sglang.srt.encode_only.plugin import supports_installed_sglang
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
@@ -46,12 +47,12 @@ _MALLOPT = {-4: 0, -1: 256 << 20}  # M_MMAP_MAX, M_TRIM_THRESHOLD
 def activate() -> str | None:
     """Entry point of `sglang.srt.platforms`: the class to use, or None to stand aside.
 
-    Stands aside where there is an accelerator, and where the user picked upstream's CPU engine
-    (`SGLANG_USE_CPU_ENGINE=1`).
+    Stands aside where there is an accelerator, where the user picked upstream's CPU engine
+    (`SGLANG_USE_CPU_ENGINE=1`), and with another version of sglang.
     """
     # Where SGLANG_PLATFORM names this platform, srt calls no other entry point of the group.
     plugins_first.install()
-    if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
+    if not supports_installed_sglang() or os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and accelerator.type != "cpu":

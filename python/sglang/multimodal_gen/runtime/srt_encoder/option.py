@@ -18,6 +18,7 @@ from sglang.multimodal_gen.runtime.managers.memory_managers.component_residency 
 from sglang.multimodal_gen.runtime.srt_encoder.placement import (
     FLAG,
     VALUES,
+    Beside,
     InWorker,
     Native,
     Option,
@@ -98,6 +99,7 @@ def check(_result: object, server_args: ServerArgs) -> None:
     placements = placements_in(server_args.pipeline_config)
     if placements.native:
         return
+    _refuse_without_encode_only(placements)
     _refuse_pipeline(server_args)
     encoders = text_encoder_classes(server_args)
     placements.check(server_args.model_path, encoders)
@@ -163,6 +165,18 @@ def pipeline_class(server_args: ServerArgs) -> type[ComposedPipelineBase]:
         named = server_args.pipeline_class_name or server_args.model_path
         raise ValueError(f"{FLAG}: sglang has no pipeline of its own for {named}.")
     return found
+
+
+def _refuse_without_encode_only(placements: Placements) -> None:
+    """Raises ValueError where srt's part of this package is not loaded, and would be needed."""
+    plugins = os.environ.get("SGLANG_PLUGINS", "")
+    here = {type(placement) for placement in (placements.every, *placements.named.values())}
+    if here & {InWorker, Beside} and plugins.strip():
+        if "encode_only" not in (name.strip() for name in plugins.split(",")):
+            raise ValueError(
+                f"{FLAG} needs the plugin encode_only for srt and server, and SGLANG_PLUGINS="
+                f"{plugins} leaves it out. Name it there."
+            )
 
 
 def _refuse_pipeline(server_args: ServerArgs) -> None:
