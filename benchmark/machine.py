@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import torch
 
-
 _CPU_FIELDS = (("family", "cpu family"), ("model", "model"))
 
 
@@ -38,7 +37,7 @@ def clock(run: Callable[[], object], *, pause: float = 0.05) -> float:
 
 
 def cpu_name() -> str:
-    """With family and model, since virtual machines often have no better name than their maker's."""
+    """With family and model: virtual machines often name no more than the maker."""
     found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

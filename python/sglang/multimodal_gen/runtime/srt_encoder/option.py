@@ -169,14 +169,14 @@ def pipeline_class(server_args: ServerArgs) -> type[ComposedPipelineBase]:
 
 def _refuse_without_encode_only(placements: Placements) -> None:
     """Raises ValueError where srt's part of this package is not loaded, and would be needed."""
-    plugins = os.environ.get("SGLANG_PLUGINS", "")
-    here = {type(placement) for placement in (placements.every, *placements.named.values())}
-    if here & {InWorker, Beside} and plugins.strip():
-        if "encode_only" not in (name.strip() for name in plugins.split(",")):
-            raise ValueError(
-                f"{FLAG} needs the plugin encode_only for srt and server, and SGLANG_PLUGINS="
-                f"{plugins} leaves it out. Name it there."
-            )
+    named = os.environ.get("SGLANG_PLUGINS", "").strip()
+    left_out = named and "encode_only" not in (name.strip() for name in named.split(","))
+    places = (placements.every, *placements.named.values())
+    if left_out and any(isinstance(place, InWorker | Beside) for place in places):
+        raise ValueError(
+            f"{FLAG} needs the plugin encode_only for srt and server, and SGLANG_PLUGINS={named} "
+            "leaves it out. Name it there."
+        )
 
 
 def _refuse_pipeline(server_args: ServerArgs) -> None:
