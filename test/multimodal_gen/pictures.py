@@ -8,13 +8,11 @@ stock starts them is what the tests of `sglang generate` and `sglang serve` use.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -120,13 +118,15 @@ def as_flags(options: dict[str, Any]) -> list[str]:
 
 def ports(*more: str) -> dict[str, int]:
     """Free ports for a diffusion runtime, whose default ports collide, by their arguments."""
-    with contextlib.ExitStack() as stack:
-        free = {}
-        for name in ("master_port", "scheduler_port", *more):
-            probe = stack.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            free[name] = probe.getsockname()[1]
-        return free
+    # Not for the program, which stock is to import by itself.
+    from sglang.srt.encode_only.local_server import free_port
+
+    free: dict[str, int] = {}
+    for name in ("master_port", "scheduler_port", *more):
+        while (port := free_port()) in free.values():
+            pass
+        free[name] = port
+    return free
 
 
 def difference(one: Pictures, other: Pictures) -> float:
