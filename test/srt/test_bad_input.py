@@ -3,10 +3,13 @@
 import json
 import socket
 import time
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
-from sglang.srt.encode_only import wire
+import torch
+from sglang.srt.encode_only import metrics, wire
 from sglang.srt.encode_only.client import EncoderClient
 
 
@@ -229,6 +232,19 @@ def test_a_profile_that_cannot_be_made(t5_server, tmp_path, body, said):
     while not [*tmp_path.glob("*.trace.json.gz")]:
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_a_profile_that_is_given_up_does_not_go_on():
+    """It would record for ever."""
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    profiler.start()
+    manager: Any = SimpleNamespace(torch_profiler=profiler)
+
+    def fails(*_: object) -> None:
+        raise PermissionError("nothing can be written there")
+
+    metrics.profile_batch(fails, manager, cast("Any", None))
+    assert not torch.autograd._profiler_enabled() and not manager.profile_in_progress
 
 
 @pytest.mark.parametrize("inputs", [5, [[3, [-1]]], [[1, "a", None, -3, 10**9]], []])

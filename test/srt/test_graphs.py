@@ -131,10 +131,11 @@ def check_recordings(folder: Path, seed: int) -> None:
         with pytest.MonkeyPatch.context() as full:
             full.setattr(Recorder, "record", lacks_memory)
             full.setattr(graphs, "MAX_GRAPHS", 3)
-            assert [encode(n) for n in (80, 80, 80)] == [3, 4, 4]
+            # It is tried again once torch has given back what it keeps free.
+            assert [encode(n) for n in (80, 80, 80)] == [3, 5, 5]
             assert not encoder._model.graphs.replayed
-            assert encode(16) == 4 and encoder._model.graphs.replayed
-        made.pop()
+            assert encode(16) == 5 and encoder._model.graphs.replayed
+        del made[3:]
         # Until as many have passed as one is kept for.
         for _ in range(4):
             encode(16)

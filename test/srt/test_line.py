@@ -265,8 +265,16 @@ def test_the_scheduler_keeps_nothing_of_callers_who_are_gone(
         both = [client.encode([[3] * 2000] * 4) for _ in range(2)]
         assert held() == 2
         del both
-        client.encode(IDS)
+        # which small answers do not take for themselves,
+        small = [client.encode([7 + i])[0].last_hidden_state for i in range(3)]
         assert held() == 1
+        large = client.encode([[3] * 2000] * 4)
+        assert held() == 1 and len(large) == 4
+        del large
+        for i, states in enumerate(small):
+            torch.testing.assert_close(
+                states, client.encode([7 + i])[0].last_hidden_state, rtol=1e-5, atol=5e-6
+            )
         # and nothing for a client who keeps nothing.
         monkeypatch.setattr(shared_memory, "MAX_LARGE_BYTES", 1 << 20)
         client.encode([[3] * 2000] * 4)

@@ -121,14 +121,17 @@ def test_it_ends_with_its_keeper(host: Host) -> None:
     assert not alive
 
 
-def test_what_does_not_start_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flag", [["--api-key", ""], ["--api-key="]], ids=["apart", "together"])
+def test_what_does_not_start_is_told(
+    flag: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "t5"}')
-    key = "only-for-those-who-ask"
-    arguments = ("--device", "cpu", "--skip-tokenizer-init", "--api-key", key)
+    key = "a=only-for-those-who-ask=="
+    arguments = ("--device", "cpu", "--skip-tokenizer-init", *flag[:-1], flag[-1] + key)
     server = KeptServer("t5", tmp_path, *arguments)
     with pytest.raises(RuntimeError, match="The server of t5 does not start") as raised:
         server.wait_until_ready()
-    assert "NoSuchModel" in str(raised.value) and "--api-key ***" in str(raised.value)
+    assert "NoSuchModel" in str(raised.value) and "--api-key" in str(raised.value)
     server.close()
     said = capfd.readouterr().err
     assert "[t5] " in said and "Fatal Python error" not in said

@@ -203,9 +203,7 @@ class Graphs:
                 try:
                     replay = self._record(graph, backend, forward_batch)
                 except torch.OutOfMemoryError as error:
-                    # For now: what lies free in torch's cache, a recording cannot take.
                     logger.warning("No memory for a CUDA graph of %s: %s", shape, error)
-                    torch.cuda.empty_cache()
                     self._record_from = self._passes + IDLE
                     self._run(to, input_ids, positions, forward_batch)
                     return
@@ -287,7 +285,12 @@ class Graphs:
                     self._states[layer] = rows_th.new_empty(self._max_tokens, rows_th.shape[1])
                 self._states[layer][: shape.tokens].copy_(rows_th)
 
-        graph.replay = self._recorder.record(run)
+        try:
+            graph.replay = self._recorder.record(run)
+        except torch.OutOfMemoryError:
+            # What lies free in torch's cache, a recording cannot take.
+            torch.cuda.empty_cache()
+            graph.replay = self._recorder.record(run)
         self._graphs[shape] = graph
         self._seen.pop(shape, None)
         return graph.replay
@@ -349,6 +352,8 @@ class Recorder:
         with torch.cuda.stream(aside):
             # Kernels are compiled and loaded, and what is kept is made, before it is recorded.
             run()
+            # Also where there is no recording in the end, what it read is not written before.
+            current.wait_stream(aside)
             # Not by `torch.cuda.graph`, which has the whole device stand still, and gives back what
             # torch has cached on it and of pinned memory. Other threads may go on to allocate.
             pool = () if self._pool is None else (self._pool,)

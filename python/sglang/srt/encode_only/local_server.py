@@ -101,7 +101,11 @@ class LocalServer:
         if encoder:
             self.command += ["--is-embedding-encoder"]
         self.command += ["--host", host, "--port", str(self.port), *arguments]
-        words = [part for word in self.command for part in word.split("=", 1)]
+        words = [
+            part
+            for word in self.command
+            for part in (word.split("=", 1) if word.startswith("--") else [word])
+        ]
         self._secrets = [
             value for flag, value in itertools.pairwise(words) if flag in SECRETS and value
         ]

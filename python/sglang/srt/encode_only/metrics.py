@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -128,6 +129,14 @@ def profile_batch(original: Any, manager: SchedulerProfilerManager, batch: Sched
 
 
 def _forget_profile(manager: SchedulerProfilerManager) -> None:
+    # Else it would record for ever.
+    for name in ("torch_profiler", "rpd_profiler"):
+        profiler: Any = getattr(manager, name, None)
+        setattr(manager, name, None)
+        if profiler is not None:
+            with contextlib.suppress(Exception):
+                profiler.stop()
+    manager.profiler_activities = []
     manager.profile_by_stage = manager.profile_in_progress = False
     manager.profiler_start_forward_ct = manager.profiler_target_forward_ct = None
 

@@ -235,6 +235,11 @@ class Memories:
             self._give_back(memory)
             return None
         body = memory.body(size)
+        if size <= MAX_KEPT_BYTES < _size(memory):
+            # Else it would keep all of a large file.
+            copied = body.copy()
+            self._give_back(memory)
+            return memoryview(copied)
         weakref.finalize(body, self._give_back, memory).atexit = False
         return memoryview(body)
 
@@ -259,8 +264,11 @@ class Memories:
         alone = memory.forks == _forks
         if self._closed or not alone or not self._has_room(_size(memory)):
             memory.close()
-        else:
+        elif _size(memory) <= MAX_KEPT_BYTES:
             self._kept.append(memory)
+        else:
+            # For when there is no other.
+            self._kept.appendleft(memory)
 
     def _has_room(self, size: int) -> bool:
         if size <= MAX_KEPT_BYTES:

@@ -8,7 +8,6 @@ answers are there or under way. What its caches hold is not asked for.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -80,8 +79,9 @@ def _autocast() -> dict[str, tuple[bool, torch.dtype]]:
 
 
 _last: _Setting | None = None
-# The prompts of requests that waited, after their ids, as the stage was led through them,
-_led: collections.deque[tuple[str, str]] = collections.deque(maxlen=64)
+# The prompts of requests that waited, by their ids, as the stage was led through them,
+_led: dict[str, str] = {}
+_MOST_LED = 64
 # and the stages to which a prompt came as another: a stage before them rewrites it.
 _get_others: weakref.WeakSet[TextEncodingStage] = weakref.WeakSet()
 _asked: ContextVar[bool] = ContextVar("asked", default=False)
@@ -92,7 +92,7 @@ def one(
     original: Callable[..., Req], self: TextEncodingStage, batch: Req, server_args: ServerArgs
 ) -> Req:
     """AROUND `TextEncodingStage.forward`: a prompt, its negative one, for every encoder."""
-    was = dict(_led).get(batch.request_id, batch.prompt)
+    was = _led.pop(batch.request_id, batch.prompt)
     # One that is made of several requests has several prompts.
     if isinstance(batch.prompt, str) and batch.prompt != was:
         _get_others.add(self)
@@ -165,11 +165,12 @@ def lead(batches: list[Req], indexes: Iterable[int]) -> list[list[EncodeInput]]:
     """
     assert _last is not None, "No stage has encoded yet. This is a bug."
     noted = []
-    _led.extend(
-        (batch.request_id, batch.prompt)
-        for batch in batches
-        if batch.request_id is not None and isinstance(batch.prompt, str)
-    )
+    for batch in batches:
+        if batch.request_id is not None and isinstance(batch.prompt, str):
+            _led[batch.request_id] = batch.prompt
+    # Of some that were given up nobody comes.
+    while len(_led) > _MOST_LED:
+        del _led[next(iter(_led))]
     with _last.again():
         for i in indexes:
             with _encoders(_last.stage)[i].noting(alone=True) as inputs:
