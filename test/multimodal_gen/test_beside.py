@@ -58,6 +58,9 @@ def server_args(flux: Path, place: str, **more: Any) -> Any:
         "component_precisions": {},
         "disagg_role": RoleType.MONOLITHIC,
         "host": None,
+        "port": 30000,
+        "scheduler_ports": [5555],
+        "master_port": 30005,
         "base_gpu_id": 0,
     }
     return SimpleNamespace(**(given | more))

@@ -214,6 +214,9 @@ def test_pads_on_the_left_that_are_read_end_the_start(
         component_precisions={},
         disagg_role=RoleType.MONOLITHIC,
         host=None,
+        port=30000,
+        scheduler_ports=[5555],
+        master_port=30005,
         base_gpu_id=0,
     )
     # It has no weights.

@@ -242,7 +242,6 @@ def test_weights_that_srt_s_class_has_no_place_for(tmp_path: Path, open_encoder:
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type is dynamic",
         ),
-        ("Olmo3ForCausalLM", {}, "rope_parameters are others for layers with a window"),
     ],
 )
 def test_what_srt_s_class_computes_otherwise_is_refused(

@@ -340,31 +340,30 @@ def test_new_weights(t5_server, t5_folder, client, by_http):
 def test_new_weights_under_load(t5_server, t5_folder, by_http):
     """Each update finds a scheduler at rest, and no call is lost to it."""
     url, over = f"{t5_server.url}/update_weights_from_disk", threading.Event()
+    seen: set[str] = set()
 
-    def encode() -> set[str]:
-        seen = set()
+    def encode() -> None:
         with EncoderClient(t5_server.url, timeout=60) as client:
             client.info()
             while not over.is_set():
                 (output,) = client.encode([3] * 1500)
                 assert output.prompt_tokens == 1500 and output.encoder is not None
                 seen.add(output.encoder.weights)
-        return seen
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         calls = [pool.submit(encode) for _ in range(3)]
-        told = []
         try:
             for _ in range(4):
-                time.sleep(0.5)
                 answer = httpx.post(url, json={"model_path": str(t5_folder)}, timeout=60)
                 assert answer.status_code == 200, answer.text
-                told.append(by_http.info().weights)
-            time.sleep(0.5)
+                told, until = by_http.info().weights, time.monotonic() + 60
+                while told not in seen:
+                    assert time.monotonic() < until, "Nobody is told of the new weights."
+                    time.sleep(0.05)
         finally:
             over.set()
-        seen = set.union(*(call.result() for call in calls))
-    assert seen >= set(told)
+        for call in calls:
+            call.result()
 
 
 def test_a_paused_server(t5_server, client):

@@ -96,23 +96,14 @@ def _rope(text_config: Any) -> dict[str, Any]:
     return getattr(text_config, "rope_parameters", None) or {}
 
 
-def _unlike_srt(text_config: Any, windows: bool) -> str | None:
-    """What a language model's config describes that srt's classes compute otherwise.
-
-    Args:
-        windows: as of Encoder.
-    """
+def _unlike_srt(text_config: Any) -> str | None:
+    """What a language model's config describes that srt's classes compute otherwise."""
     if getattr(text_config, "is_causal", None) is False:
         return "is_causal is false in its config.json, and srt's class for it attends causally"
     if getattr(text_config, "use_bidirectional_attention", None) in (True, "all"):
         return (
             "use_bidirectional_attention is set in its config.json, and srt's class for it attends "
             "causally"
-        )
-    if not windows and any(isinstance(value, dict) for value in _rope(text_config).values()):
-        return (
-            "its rope_parameters are others for layers with a window, and srt's class for it has "
-            "the same for all"
         )
     if _rope(text_config).get("rope_type") == "dynamic":
         return (
@@ -234,10 +225,9 @@ def encoder_of(hf_config: Any) -> Encoder:
             f"its architecture is {architectures}. Encode-only mode serves {', '.join(ENCODERS)}, "
             "and every causal language model of text alone that srt serves."
         )
-    if encoder.decoder:
-        unlike = _unlike_srt(get_hf_text_config(hf_config), encoder.windows)
-        if unlike is not None:
-            raise ValueError(f"{unlike}.")
+    unlike = _unlike_srt(get_hf_text_config(hf_config)) if encoder.decoder else None
+    if unlike is not None:
+        raise ValueError(f"{unlike}.")
     return encoder
 
 
