@@ -52,6 +52,21 @@ def servers(relays: list[Relay], t5_folder: Path) -> EncodeServers:
     return EncodeServers("text_encoder_2", urls, Checkpoint.read(str(t5_folder)), TIMEOUT)
 
 
+def info_of(checkpoint: Checkpoint) -> EncoderInfo:
+    """What a server of it, a CLIP's, says that it is."""
+    return EncoderInfo(
+        model="a server's",
+        architecture=checkpoint.architecture,
+        num_layers=checkpoint.num_layers,
+        hidden_size=checkpoint.hidden_size,
+        vocab_size=checkpoint.vocab_size,
+        max_length=77,
+        dtype="float32",
+        pooled_size=checkpoint.pooled_size,
+        causal=True,
+    )
+
+
 def prompt(seed: int) -> list[EncodeInput]:
     rng = random.Random(seed)
     return [EncodeInput(token_ids=[*(rng.randrange(3, 600) for _ in range(8)), 1])]
@@ -166,17 +181,7 @@ def test_the_text_half_of_a_whole_clip_projects(tmp_path: Path) -> None:
     assert {one.pooled_size for one in read.values()} == {32}
     for mine in read.values():
         for served in read.values():
-            info = EncoderInfo(
-                model="a server's",
-                architecture=served.architecture,
-                num_layers=served.num_layers,
-                hidden_size=served.hidden_size,
-                vocab_size=served.vocab_size,
-                max_length=77,
-                dtype="float32",
-                pooled_size=served.pooled_size,
-                causal=True,
-            )
+            info = info_of(served)
             projects = [one.architecture != "CLIPTextModel" for one in (mine, served)]
             assert (mine.mismatch(info) is None) == (projects[0] == projects[1])
 
@@ -215,17 +220,7 @@ def test_a_pooled_vector_of_another_width_is_refused(relays, tmp_path: Path) -> 
     config.architectures = ["CLIPTextModelWithProjection"]
     config.save_pretrained(tmp_path)
     mine = Checkpoint.read(str(tmp_path))
-    info = EncoderInfo(
-        model="a server's",
-        architecture=mine.architecture,
-        num_layers=mine.num_layers,
-        hidden_size=mine.hidden_size,
-        vocab_size=mine.vocab_size,
-        max_length=77,
-        dtype="float32",
-        pooled_size=mine.pooled_size,
-        causal=True,
-    )
+    info = info_of(mine)
     assert mine.mismatch(info) is None
     ask = EncodeServers("text_encoder", [relays[0].url], mine, TIMEOUT)
     inputs = [EncodeInput(token_ids=[3, 4, 1], spec=EncodeSpec(layers=(), pooled=True))]
