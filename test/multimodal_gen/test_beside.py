@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from socket import AF_INET, AF_INET6, create_server
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from sglang.multimodal_gen.configs.pipeline_configs.flux import FluxPipelineConfig
@@ -129,7 +131,7 @@ def test_a_port_is_looked_for_at_the_address_that_is_listened_on(family: int, ho
 
 
 def test_a_component_may_be_in_a_folder_of_another_repository(
-    flux: Path, monkeypatch: pytest.MonkeyPatch
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
 
@@ -145,6 +147,12 @@ def test_a_component_may_be_in_a_folder_of_another_repository(
     assert on_srt.folder == str(flux / "text_encoder_2") and asked == ["org/encoders"]
     assert native.folder == "org/encoders/no" and native.weight_bytes() is None
     assert on_srt.dtype == torch.bfloat16 and on_srt.weight_bytes()
+    # A variant holds the same once more, and is no more to load.
+    folder = shutil.copytree(on_srt.folder, tmp_path / "variant")
+    (file,) = folder.glob("*.safetensors")
+    shutil.copy(file, folder / "model.fp16.safetensors")
+    twice = msgspec.structs.replace(on_srt, folder=str(folder))
+    assert twice.weight_bytes() == on_srt.weight_bytes()
 
 
 def test_a_folder_is_where_the_pipeline_has_it(flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:

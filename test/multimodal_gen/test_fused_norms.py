@@ -34,13 +34,15 @@ def test_fused_norms(dtype: torch.dtype, norm_type: str, affine: bool, gated: bo
     bias = bias if norm_type == "layer" else None
     eps = 1e-6
     exact = torch.finfo(dtype).eps
+    # In float32 each of the steps rounds; in bfloat16 the last one alone counts.
+    rtol, atol = (8 * exact, 32 * exact) if dtype == torch.float32 else (2 * exact, 8 * exact)
 
     made = torch.ops.sgl_kernel.fused_norm_scale_shift_cpu(
         x, weight, bias, scale, shift, norm_type, eps
     )
     expected = norm(x, weight, bias, norm_type, eps) * (1 + scale.double()) + shift.double()
     assert made.dtype == dtype
-    torch.testing.assert_close(made.double(), expected, rtol=2 * exact, atol=8 * exact)
+    torch.testing.assert_close(made.double(), expected, rtol=rtol, atol=atol)
 
     made, total = torch.ops.sgl_kernel.fused_scale_residual_norm_scale_shift_cpu(
         residual, x, gate if gated else None, weight, bias, scale, shift, norm_type, eps
@@ -49,4 +51,4 @@ def test_fused_norms(dtype: torch.dtype, norm_type: str, affine: bool, gated: bo
     torch.testing.assert_close(total.double(), sum_, rtol=exact, atol=exact)
     expected = norm(total, weight, bias, norm_type, eps) * (1 + scale.double()) + shift.double()
     assert total.dtype == made.dtype == dtype
-    torch.testing.assert_close(made.double(), expected, rtol=2 * exact, atol=8 * exact)
+    torch.testing.assert_close(made.double(), expected, rtol=rtol, atol=atol)

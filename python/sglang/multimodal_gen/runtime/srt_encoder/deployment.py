@@ -93,12 +93,13 @@ class TextEncoder(msgspec.Struct, frozen=True, kw_only=True):
 
     def weight_bytes(self) -> int | None:
         """What its checkpoint's weights take in its dtype, None where it has no safetensors."""
-        count = 0
+        # By name: variants (`model.fp16.safetensors`) hold the same once more.
+        sizes: dict[str, int] = {}
         for file in Path(self.folder).glob("*.safetensors"):
             with safe_open(file, "pt") as tensors:
-                names = tensors.keys()
-                count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-        return count * self.dtype.itemsize or None
+                for name in tensors.keys():  # noqa: SIM118
+                    sizes[name] = math.prod(tensors.get_slice(name).get_shape())
+        return sum(sizes.values()) * self.dtype.itemsize or None
 
 
 def launch(original: Callable[..., Any], server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
